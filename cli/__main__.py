@@ -1,0 +1,5 @@
+"""`python -m loram_cli` is `loram`."""
+
+from .app import main
+
+raise SystemExit(main())

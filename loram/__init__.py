@@ -1,0 +1,83 @@
+"""loram: train LoRA on a small, pruned copy of a large language model, and carry the adapter back to it.
+
+The functions here are the stages of the command line, with the same options as keyword arguments:
+
+    import loram
+
+    small = loram.prune("meta-llama/Llama-2-13b-hf", out="small", ratio=0.65, calibration="my.jsonl")
+    trained = loram.train(small.path, data="my.jsonl", out="adapter-small")
+    adapter = loram.recover(trained.path, out="adapter")
+
+Each returns a small dataclass that prints well. Importing loram is cheap: torch is imported by the first call.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loram.version import __version__
+
+if TYPE_CHECKING:
+    import inspect
+
+    from loram.modeling import load_small, register
+    from loram.progress import Progress
+    from loram.results import StageResult
+
+    class StageFunction(Protocol):
+        """A stage as a Python function: positional inputs in their order, options by keyword."""
+
+        __signature__: inspect.Signature
+
+        def __call__(self, *inputs: str | PathLike[str], progress: Progress = ..., **options: Any) -> StageResult: ...
+
+    plan: StageFunction
+    prune: StageFunction
+    train: StageFunction
+    recover: StageFunction
+    project: StageFunction
+    verify: StageFunction
+    merge: StageFunction
+    evaluate: StageFunction
+    run: StageFunction
+    demo: StageFunction
+    init: StageFunction
+
+__all__ = [
+    "__version__",
+    "demo",
+    "evaluate",
+    "init",
+    "load_small",
+    "merge",
+    "plan",
+    "project",
+    "prune",
+    "recover",
+    "register",
+    "run",
+    "train",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Make a public name when it is first used, so that `import loram` stays cheap."""
+    if name.startswith("_") or name not in __all__:
+        raise AttributeError(f"module 'loram' has no attribute {name!r}")
+    if name in ("load_small", "register"):
+        from loram import modeling
+
+        value = getattr(modeling, name)
+    else:
+        from loram.stages import python_function
+
+        value = python_function(name, "eval" if name == "evaluate" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, whether they have been used already or not."""
+    return sorted({*globals(), *__all__})

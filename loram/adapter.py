@@ -1,0 +1,284 @@
+"""A LoRA adapter: {module: (A, B, scale)} ↔ a PEFT folder, and the rules that make it portable.
+
+Shapes as PEFT stores them: A (r, in), B (out, r); for an embedding A (r, vocabulary), B (hidden, r).
+ΔW = scale·B·A with scale = alpha/r, or alpha/√r with rsLoRA (2312.03732). Safetensors only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loram.artifact import read_json, require_folder, write_json
+from loram.checkpoint import read_tensors
+from loram.errors import AdapterError, MismatchError
+from loram.families import Family, Geometry
+from loram.shards import TensorPlan, plan_header
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+KEYS = {
+    ".lora_A.weight": ("a", False),
+    ".lora_B.weight": ("b", False),
+    ".lora_embedding_A": ("a", True),
+    ".lora_embedding_B": ("b", True),
+}
+ABSORBING_INITS = ("pissa", "loftq", "corda", "olora", "lora_ga")
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The two factors of one module's update and its scale."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Inner size r."""
+        return int(self.a.shape[0])
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of the weight that the pair updates: (out, in), for an embedding (vocabulary, hidden)."""
+        out, into = int(self.b.shape[0]), int(self.a.shape[1])
+        return (into, out) if self.embedding else (out, into)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """All pairs of an adapter and its raw adapter_config.json; `dropped` are base weights that PEFT had saved along."""
+
+    config: dict[str, Any]
+    pairs: dict[str, LoraPair]
+    dropped: tuple[str, ...] = field(default=())
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(pair.rank for pair in self.pairs.values())
+
+    @property
+    def uniform(self) -> bool:
+        """Whether one rank and alpha/r from the config hold for every module, so that every server reads it right."""
+        nominal = float(self.config["lora_alpha"]) / int(self.config["r"])
+        return all(pair.rank == self.config["r"] and pair.scale == nominal for pair in self.pairs.values())
+
+    def map_pairs(self, change: Callable[[str, LoraPair], LoraPair]) -> Adapter:
+        """The same adapter with every pair replaced."""
+        return replace(self, pairs={module: change(module, pair) for module, pair in self.pairs.items()})
+
+    def portable(self) -> Adapter:
+        """One rank and one alpha: rsLoRA and patterns folded into B, smaller ranks padded with zeros.
+
+        A uniform adapter comes back with its bits unchanged.
+        """
+        alpha, rank = float(self.config["lora_alpha"]), self.rank
+        nominal = alpha / rank
+
+        def fold(_: str, pair: LoraPair) -> LoraPair:
+            b = pair.b if pair.scale == nominal else (pair.b.float() * (pair.scale / nominal)).to(pair.b.dtype)
+            missing = rank - pair.rank
+            if missing:
+                a = torch.cat([pair.a, pair.a.new_zeros(missing, pair.a.shape[1])])
+                return replace(pair, a=a, b=torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1), scale=nominal)
+            return replace(pair, b=b, scale=nominal)
+
+        config = self.config | {
+            "r": rank,
+            "use_rslora": False,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "target_modules": target_names(self.pairs, self.config),
+        }
+        return replace(self.map_pairs(fold), config=config)
+
+    def save(self, folder: str | Path, base_id: str) -> None:
+        """Write adapter_config.json and adapter_model.safetensors: plain lora_A/lora_B keys, nothing else."""
+        tensors: dict[str, Tensor] = {}
+        for module, pair in self.pairs.items():
+            suffix = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
+            for name, value in zip(suffix, (pair.a, pair.b), strict=True):
+                tensors[f"{PREFIX}{module}.{name}"] = value.contiguous()
+        plans = [TensorPlan(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
+        with open(Path(folder) / WEIGHTS, "wb") as file:
+            file.write(plan_header(plans))
+            for plan in plans:
+                file.write(tensors[plan.name].reshape(-1).view(torch.uint8).numpy().tobytes())
+        write_json(Path(folder) / CONFIG, saved_config(self.config, base_id))
+
+
+def saved_config(config: Mapping[str, Any], base_id: str) -> dict[str, Any]:
+    """The keys that mean something to a reader; others at their defaults would only make old versions warn."""
+    keep = (
+        "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+        "use_rslora", "rank_pattern", "alpha_pattern", "peft_version",
+    )  # fmt: skip
+    fixed = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_id,
+        "revision": config.get("revision"),
+        "bias": "none",
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+    }
+    return fixed | {key: config[key] for key in keep if key in config}
+
+
+def load_adapter(folder: str | Path) -> Adapter:
+    """A PEFT LoRA folder; AdapterError where it is none, MismatchError where its numbers contradict each other."""
+    path = require_folder(folder)
+    if not (path / CONFIG).is_file():
+        raise AdapterError(f"{path} has no {CONFIG}; give the folder of a PEFT LoRA adapter")
+    config = read_json(path / CONFIG)
+    check_make(path, config)
+    tensors = read_tensors(path / WEIGHTS)
+    factors: dict[str, dict[str, Tensor]] = {}
+    embeddings: set[str] = set()
+    dropped: list[str] = []
+    for key, value in tensors.items():
+        module, part, embedding = split_key(path, key)
+        if part is None:
+            dropped.append(key)
+            continue
+        factors.setdefault(module, {})[part] = value
+        if embedding:
+            embeddings.add(module)
+    if not factors:
+        raise AdapterError(f"{path / WEIGHTS} holds no lora_A and lora_B tensors; it is no LoRA adapter")
+    pairs = {m: make_pair(path, m, f, config, m in embeddings) for m, f in sorted(factors.items())}
+    return Adapter(config, pairs, tuple(dropped))
+
+
+def check_make(path: Path, config: Any) -> None:
+    """Refuse what is no plain LoRA, each with its reason."""
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else "no JSON object"
+        raise AdapterError(f"{path / CONFIG} has peft_type {found}; loram works on LORA adapters")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
+            raise AdapterError(f"{path / CONFIG}: {key} is {config.get(key)!r}; expected a positive number")
+    if config.get("use_dora"):
+        raise AdapterError(
+            f"{path} is a DoRA adapter: its magnitudes belong to the weights it was trained on; train plain LoRA"
+        )
+    if config.get("modules_to_save"):
+        raise AdapterError(
+            f"{path} carries whole modules ({config['modules_to_save']}); loram handles plain LoRA: train without modules_to_save"
+        )
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        raise AdapterError(f"{path} carries trained biases; loram handles plain LoRA: train with bias='none'")
+    if config.get("layer_replication"):
+        raise AdapterError(f"{path} replicates layers; loram handles adapters of the model's own layers")
+    if not (path / WEIGHTS).is_file():
+        pickled = (
+            "adapter_model.bin is a pickle, which loram never reads: save it as safetensors"
+            if (path / "adapter_model.bin").is_file()
+            else "the folder is incomplete"
+        )
+        raise AdapterError(f"{path} has no {WEIGHTS}; {pickled}")
+
+
+def split_key(path: Path, key: str) -> tuple[str, str | None, bool]:
+    """(module, 'a' or 'b', embedding) of a stored key; part None for a base weight that PEFT saved along."""
+    name = key.removeprefix(PREFIX)
+    for suffix, (part, embedding) in KEYS.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), part, embedding
+    if name.endswith((".base_layer.weight", ".base_layer.bias")) or name in (
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+    ):
+        return name, None, False
+    raise AdapterError(f"{path / WEIGHTS} holds {key}, which is no lora_A or lora_B; loram handles plain LoRA")
+
+
+def make_pair(
+    path: Path, module: str, factors: dict[str, Tensor], config: Mapping[str, Any], embedding: bool
+) -> LoraPair:
+    """One module's pair with its scale; MismatchError where a factor is missing or the ranks differ."""
+    if set(factors) != {"a", "b"}:
+        raise MismatchError(f"{path}: {module} has lora_{'A' if 'a' in factors else 'B'} but not the other factor")
+    a, b = factors["a"], factors["b"]
+    declared = pattern_value(config.get("rank_pattern") or {}, module, config["r"])
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] != declared:
+        raise MismatchError(
+            f"{path}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}; expected A (r, in) and B (out, r) with r = {declared}"
+        )
+    alpha = float(pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"]))
+    scale = alpha / math.sqrt(declared) if config.get("use_rslora") else alpha / declared
+    return LoraPair(a, b, scale, embedding)
+
+
+def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule for rank_pattern and alpha_pattern: a key is a regular expression for the name's end."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def target_names(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
+    """target_modules as a plain list: as it was, or the leaf names where it was a pattern."""
+    named = config.get("target_modules")
+    if isinstance(named, (list, tuple)) and named:
+        return sorted(named)
+    return sorted({module.rpartition(".")[2] for module in modules})
+
+
+def expected_modules(config: Mapping[str, Any], family: Family, geometry: Geometry) -> set[str]:
+    """The modules that a config's target_modules names in a model of this family (empty for a pattern)."""
+    named, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if not isinstance(named, (list, tuple)):
+        return set()
+    chosen = range(geometry.layers) if layers is None else [layers] if isinstance(layers, int) else layers
+    candidates = {family.module(layer, weight) for layer in chosen for weight in family.linears}
+    candidates |= {family.embedding.name, family.head.name} if layers is None else set()
+    excluded = config.get("exclude_modules") or []
+    return {
+        module
+        for module in candidates
+        if any(module == name or module.endswith(f".{name}") for name in named)
+        and not any(module == name or module.endswith(f".{name}") for name in excluded)
+    }
+
+
+def check_finite(adapter: Adapter, where: str | Path) -> None:
+    """MismatchError that names the first module with a NaN or Inf."""
+    for module, pair in adapter.pairs.items():
+        for name, value in (("lora_A", pair.a), ("lora_B", pair.b)):
+            if not bool(torch.isfinite(value).all()):
+                raise MismatchError(
+                    f"{where}: {module}.{name} holds NaN or Inf; training diverged: train again with a lower --lr"
+                )
+
+
+def check_modules(
+    adapter: Adapter, shape_of: Callable[[str], tuple[int, ...]], expected: set[str], where: str | Path
+) -> None:
+    """MismatchError where a module is missing, unknown, or has other shapes than the model's."""
+    missing = sorted(expected - set(adapter.pairs))
+    if missing:
+        raise MismatchError(
+            f"{where} lacks {missing[0]} ({len(missing)} modules missing) that its target_modules names"
+        )
+    for module, pair in adapter.pairs.items():
+        shape = shape_of(module)
+        if pair.weight_shape != shape:
+            raise MismatchError(
+                f"{where}: {module} updates a weight of shape {pair.weight_shape}, the model's is {shape}"
+            )

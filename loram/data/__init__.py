@@ -1,0 +1,1 @@
+"""Text in: formats, templates, loss masks, batches and calibration windows."""

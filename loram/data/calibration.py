@@ -1,0 +1,93 @@
+"""Calibration text: windows of tokens from several weighted sources.
+
+Text is what `train` would see (prompt and completion with the same encoding), documents are shuffled
+with the seed and laid end to end. Where a tokenizer begins every text with BOS, every window does too:
+such models (Gemma) compute nonsense without it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loram.data.encoding import begins_with_bos, encode_example
+from loram.data.formats import Source, read_source
+from loram.errors import DataError, OptionError
+
+BUILTIN = "builtin"
+
+
+def is_general(spec: str) -> bool:
+    """Whether a source is the packaged general text, not a text of the user's."""
+    return parse_spec(spec)[0] == BUILTIN
+
+
+def parse_spec(spec: str) -> tuple[str, float]:
+    """`PATH`, `PATH=WEIGHT` or `builtin[=WEIGHT]` as (path, weight); a path that exists is taken whole."""
+    name, separator, tail = spec.rpartition("=")
+    if not separator or Path(spec).exists():
+        return spec, 1.0
+    try:
+        weight = float(tail)
+    except ValueError:
+        return spec, 1.0
+    if not name or not weight > 0 or not math.isfinite(weight):
+        raise OptionError(f"--calibration {spec!r} has the weight {tail}; expected FILE=WEIGHT with a positive weight")
+    return name, weight
+
+
+def shares(weights: list[float], total: int) -> list[int]:
+    """`total` divided by weight in whole numbers that sum to it (largest remainder)."""
+    exact = [weight * total / sum(weights) for weight in weights]
+    whole = [math.floor(share) for share in exact]
+    order = sorted(range(len(exact)), key=lambda i: (whole[i] - exact[i], i))
+    for index in order[: total - sum(whole)]:
+        whole[index] += 1
+    return whole
+
+
+def calibration_windows(
+    sources: tuple[str, ...], tokenizer: Any, samples: int, length: int, seed: int, *, columns: str | None = None
+) -> list[torch.Tensor]:
+    """`samples` windows of `length` token ids, shared among the sources by their weights."""
+    if not sources:
+        raise OptionError("no calibration text was given; add --calibration FILE or --calibration builtin")
+    parsed = [parse_spec(spec) for spec in sources]
+    windows: list[torch.Tensor] = []
+    for (path, _), count in zip(parsed, shares([weight for _, weight in parsed], samples), strict=True):
+        if count:
+            windows += source_windows(read_calibration(path, columns), tokenizer, count, length, seed)
+    return windows
+
+
+def read_calibration(path: str, columns: str | None = None) -> Source:
+    """A source by path, or the packaged excerpt."""
+    if path != BUILTIN:
+        return read_source(path, columns)
+    with resources.as_file(resources.files("loram.data") / "builtin.txt") as file:
+        return read_source(file)
+
+
+def source_windows(source: Source, tokenizer: Any, count: int, length: int, seed: int) -> list[torch.Tensor]:
+    """`count` windows from one source; DataError where it holds too little text."""
+    bos = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
+    body = length - len(bos)
+    order = list(source.rows)
+    random.Random(seed).shuffle(order)
+    stream: list[int] = []
+    for example in order:
+        if len(stream) >= count * body:
+            break
+        ids = encode_example(example, tokenizer)["input_ids"]
+        stream += ids[len(bos) :] if ids[: len(bos)] == bos else ids
+    if len(stream) < count * body:
+        raise DataError(
+            f"calibration text {source.path} holds {len(stream)} tokens, but {count} windows of {length} need "
+            f"{count * body}; add text, or lower --samples or --length"
+        )
+    return [torch.tensor(bos + stream[body * i : body * (i + 1)]) for i in range(count)]

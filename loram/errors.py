@@ -1,0 +1,102 @@
+"""Every error loram raises on purpose, and the exit code that each one means.
+
+    LoramError                     1   (never raised itself: a subclass says what went wrong)
+    ├── OptionError                2   unknown or impossible option value
+    │   └── RecipeError            2   the same, found in a recipe file
+    ├── OutputError                2   the output exists, or is one of the inputs
+    ├── KindError                  2   a folder of the wrong kind: another stage comes first
+    ├── ResourceError              3   does not fit, out of memory, disk full
+    ├── InputError                 4   a damaged, missing or inconsistent input
+    │   ├── CheckpointError        4   weights: truncated, missing, not safetensors
+    │   ├── FamilyError            4   an architecture or config that loram cannot prune
+    │   ├── PruningMapError        4   a map that contradicts itself or the model
+    │   ├── AdapterError           4   an adapter that cannot be read or is of an unknown make
+    │   └── DataError              4   training, calibration or evaluation data; tokenizer
+    ├── HubError                   5   Hub or network
+    ├── MismatchError              6   wrong base, wrong map, wrong shapes, NaN or Inf
+    └── Interrupted               75   stopped by a signal; can be resumed
+
+A message is one sentence or two: what was found, what was expected, where, and what to type.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class LoramError(Exception):
+    """What all of loram's own errors have in common: a sentence and an exit code."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class OptionError(LoramError):
+    """An option is unknown, impossible, or contradicts another."""
+
+    exit_code = 2
+
+
+class RecipeError(OptionError):
+    """A recipe file holds a key or a value that no stage takes."""
+
+
+class OutputError(LoramError):
+    """The output folder exists already, or is one of the inputs."""
+
+    exit_code = 2
+
+
+class KindError(LoramError):
+    """A folder is not of the kind this stage works on."""
+
+    exit_code = 2
+
+
+class ResourceError(LoramError):
+    """The work does not fit into memory or on the disk."""
+
+    exit_code = 3
+
+
+class InputError(LoramError):
+    """An input is damaged, missing or inconsistent."""
+
+    exit_code = 4
+
+
+class CheckpointError(InputError):
+    """Weights cannot be read: missing, truncated, or not safetensors."""
+
+
+class FamilyError(InputError):
+    """The architecture is not in the tables, or its config contradicts the table."""
+
+
+class PruningMapError(InputError):
+    """A pruning map is damaged, or contradicts itself or the model it is used with."""
+
+
+class AdapterError(InputError):
+    """An adapter cannot be read, or is of a make that loram does not handle."""
+
+
+class DataError(InputError):
+    """Text data or a tokenizer cannot be used."""
+
+
+class HubError(LoramError):
+    """The Hub or the network said no."""
+
+    exit_code = 5
+
+
+class MismatchError(LoramError):
+    """Two inputs do not belong together, or numbers are not finite."""
+
+    exit_code = 6
+
+
+class Interrupted(LoramError):
+    """A signal stopped the work at a point from which it can be resumed."""
+
+    exit_code = 75

@@ -1,0 +1,1 @@
+"""Does it help? Held-out loss, exact match, and the quality ladder."""

@@ -1,0 +1,117 @@
+"""Held-out loss over the tokens that carry loss, with its standard error.
+
+Logits are never whole: the decoder runs once, and the head is applied in chunks to the positions
+whose next token carries loss. Rows are batched by length, results stay in the rows' order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from loram.data.collate import IGNORED, collate
+from loram.data.encoding import EncodedRow
+from loram.errors import MismatchError
+from loram.progress import SILENT, Progress
+
+CHUNK = 512  # positions whose logits exist at a time: 128 MiB in fp32 at a vocabulary of 65 536
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Per row: summed negative log-likelihood and the number of tokens summed over."""
+
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean over the tokens that carry loss; `stderr` as a ratio estimator over rows."""
+
+    mean: float
+    stderr: float
+    tokens: int
+    rows: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean."""
+        return math.exp(self.mean) if self.mean < 700 else math.inf
+
+
+def measure(model: Any, rows: list[EncodedRow], batch: int, progress: Progress = SILENT) -> RowLosses:
+    """Summed loss and token count of every row; MismatchError where a loss is not finite."""
+    device = model.get_input_embeddings().weight.device
+    nll = [0.0] * len(rows)
+    tokens = [0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
+    model.eval()
+    progress.begin("evaluate", len(rows))
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        inputs = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen]).items()}
+        sums = batch_losses(model, inputs)
+        for index, value, labels in zip(chosen, sums.tolist(), inputs["labels"], strict=True):
+            nll[index], tokens[index] = value, int((labels[1:] != IGNORED).sum())
+        progress.advance(len(chosen), loss=sum(nll) / max(1, sum(tokens)))
+    progress.end()
+    if not all(map(math.isfinite, nll)):
+        bad = next(i for i, value in enumerate(nll) if not math.isfinite(value))
+        raise MismatchError(f"the loss of row {bad + 1} is {nll[bad]}: the model or its adapter holds NaN or Inf")
+    return RowLosses(tuple(nll), tuple(tokens))
+
+
+@torch.no_grad()
+def batch_losses(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Summed loss of each row of one collated batch, in fp64."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = inner.get_decoder()
+    # A cache would make some models read position_ids as if the rows went on.
+    hidden = decoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)[0]
+    targets = inputs["labels"][:, 1:]
+    carry = targets != IGNORED
+    kept, wanted = hidden[:, :-1][carry], targets[carry]
+    losses = torch.cat(
+        [
+            nn.functional.cross_entropy(
+                head_logits(inner, kept[i : i + CHUNK]), wanted[i : i + CHUNK], reduction="none"
+            )
+            for i in range(0, len(kept), CHUNK)
+        ]
+    )
+    sums = torch.zeros(len(targets), dtype=torch.float64, device=losses.device)
+    return sums.index_add(0, carry.nonzero()[:, 0], losses.double())
+
+
+def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """fp32 logits of some positions, with the soft cap that some configs name."""
+    logits: torch.Tensor = model.get_output_embeddings()(hidden).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def summarize(losses: RowLosses) -> Loss:
+    """The mean over tokens and its standard error."""
+    mean, stderr = ratio_estimate(losses.nll, losses.tokens)
+    return Loss(mean=mean, stderr=stderr, tokens=sum(losses.tokens), rows=len(losses.nll))
+
+
+def paired_gain(before: RowLosses, after: RowLosses) -> tuple[float, float]:
+    """How much lower the loss is after than before on the same rows, and the standard error of that."""
+    differences = tuple(old - new for old, new in zip(before.nll, after.nll, strict=True))
+    return ratio_estimate(differences, before.tokens)
+
+
+def ratio_estimate(totals: tuple[float, ...], counts: tuple[int, ...]) -> tuple[float, float]:
+    """sum(totals)/sum(counts) and its standard error when rows are the sampling unit (0 for one row)."""
+    rows, count = len(totals), sum(counts)
+    mean = sum(totals) / count
+    if rows < 2:
+        return mean, 0.0
+    squares = sum((total - mean * tokens) ** 2 for total, tokens in zip(totals, counts, strict=True))
+    return mean, math.sqrt(squares * rows / (rows - 1)) / count

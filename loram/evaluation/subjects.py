@@ -1,0 +1,111 @@
+"""What is evaluated: a model, with or without an adapter, one model in memory at a time.
+
+Adapters are loaded by stock peft, as a user of the result would, after the shapes have been compared:
+peft itself passes over modules that the model does not have.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from loram.adapter import check_finite, check_modules, load_adapter
+from loram.data.encoding import EncodedRow
+from loram.errors import MismatchError, ResourceError
+from loram.evaluation.generation import Question, exact_match
+from loram.evaluation.losses import RowLosses, measure
+from loram.evaluation.tasks import run_tasks
+from loram.modeling import load_model
+from loram.progress import Progress
+from loram.training.device import place
+from loram.training.lora import without_peft_noise
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A rung's name, its model and its adapter."""
+
+    name: str
+    model: Path
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What every subject has to do."""
+
+    rows: list[EncodedRow]
+    tokenizer: Any
+    batch: int
+    dtype: str
+    questions: list[Question] = field(default_factory=list)
+    new_tokens: int = 64
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came out for one subject."""
+
+    losses: RowLosses
+    accuracy: float | None = None
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+
+def examine(subjects: Sequence[Subject], exam: Exam, progress: Progress) -> dict[str, Measured]:
+    """Every subject measured; subjects that share a model are measured on one loading of it."""
+    found: dict[str, Measured] = {}
+    for path in dict.fromkeys(subject.model for subject in subjects):
+        model: Any = None
+        try:
+            model = place(load_model(path, dtype=exam.dtype))
+            for subject in (subject for subject in subjects if subject.model == path):
+                tested = model if subject.adapter is None else attach(model, subject.adapter)
+                found[subject.name] = take(tested, exam, progress, with_tasks=subject is subjects[-1])
+                model = model if subject.adapter is None else tested.unload()
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"out of GPU memory while evaluating {path} with --batch {exam.batch}; lower it"
+            ) from error
+        finally:
+            del model
+            gc.collect()
+    return found
+
+
+def attach(model: Any, adapter: Path) -> Any:
+    """The model with an adapter on it; MismatchError where the adapter is another model's."""
+    loaded = load_adapter(adapter)
+    check_finite(loaded, adapter)
+
+    def shape_of(module: str) -> tuple[int, ...]:
+        try:
+            part = model.get_submodule(module)
+        except AttributeError:
+            raise MismatchError(
+                f"{adapter} adapts {module}, which the model does not have; it is another model's"
+            ) from None
+        if hasattr(part, "in_features"):
+            return part.out_features, part.in_features
+        return tuple(part.weight.shape)
+
+    check_modules(loaded, shape_of, set(), adapter)
+    with without_peft_noise():
+        return PeftModel.from_pretrained(model, str(adapter))
+
+
+def take(model: Any, exam: Exam, progress: Progress, *, with_tasks: bool) -> Measured:
+    """One subject's loss, and its answers and lm-eval tasks where they are asked for."""
+    losses = measure(model, exam.rows, exam.batch, progress)
+    accuracy = None
+    if exam.questions:
+        accuracy = exact_match(model, exam.tokenizer, exam.questions, exam.batch, exam.new_tokens, progress)
+    tasks = run_tasks(model, exam.tokenizer, exam.tasks, exam.batch, exam.limit) if with_tasks and exam.tasks else {}
+    return Measured(losses, accuracy, tasks)

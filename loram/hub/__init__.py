@@ -1,0 +1,1 @@
+"""The Hub: what loram fetches from it (and, later, pushes to it)."""

@@ -1,0 +1,117 @@
+"""W + s·B·A, streamed: shard by shard, tile by tile, so that peak memory is a few tensors.
+
+The delta is computed in fp32 and added in fp32, and the sum is cast once to the weight's dtype: bit for
+bit what PEFT's merge does. That needs tiles of at least 128 rows (see loram.checkpoint.ROWS), since a
+product of few rows takes another path through the BLAS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loram.adapter import Adapter, LoraPair
+from loram.artifact import write_json
+from loram.checkpoint import FLOATS, INDEX, Checkpoint, TensorEntry, read_metadata
+from loram.errors import AdapterError, CheckpointError, MismatchError
+from loram.shards import ShardWriter, TensorPlan, index_of, plan_header
+
+
+@dataclass(frozen=True)
+class TileDelta:
+    """One module's scaled update, by rows, in fp32: factors are converted once."""
+
+    left: Tensor
+    right: Tensor
+    scale: float
+    transposed: bool
+
+    @staticmethod
+    def of(pair: LoraPair) -> TileDelta:
+        """Factors of ΔW = s·B·A; an embedding's update is its transpose."""
+        return TileDelta(pair.b.float(), pair.a.float(), pair.scale, pair.embedding)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of ΔW, fp32."""
+        if self.transposed:
+            return (self.left @ self.right[:, start:stop]).mul_(self.scale).T
+        return torch.mm(self.left[start:stop], self.right).mul_(self.scale)
+
+
+def check_mergeable(checkpoint: Checkpoint, adapter: Adapter, tied: bool) -> None:
+    """Refuse a base or an adapter for which W + s·B·A is not the adapter's effect."""
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantized ({method}); merging would round the update away: give the 16-bit original"
+        )
+    for module, pair in adapter.pairs.items():
+        entry = checkpoint.entries.get(f"{module}.weight")
+        if tied and module in ("lm_head", "model.embed_tokens"):
+            raise AdapterError(
+                f"the adapter updates {module}, and this model ties it to the other end; a merge would change both: "
+                "serve the adapter unmerged, or train without it"
+            )
+        if entry is None:
+            raise MismatchError(f"the adapter updates {module}, which {checkpoint.folder} does not have")
+        if entry.dtype not in FLOATS:
+            raise CheckpointError(f"{checkpoint.folder}: {module} is stored as {entry.dtype}; give the 16-bit original")
+        if tuple(entry.shape) != pair.weight_shape:
+            raise MismatchError(f"the adapter updates {module} as {pair.weight_shape}, the base has {entry.shape}")
+
+
+def merge_shards(
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, str]:
+    """Write the merged shards (and index) into `out`; returns their sha256 by file name.
+
+    Without `dtype` the base's headers are kept to the byte, and untouched tensors with them.
+    """
+    deltas = {f"{module}.weight": TileDelta.of(pair) for module, pair in adapter.pairs.items()}
+    digests: dict[str, str] = {}
+    layout: dict[str, list[TensorPlan]] = {}
+    for shard in checkpoint.shards:
+        entries = sorted((e for e in checkpoint.entries.values() if e.file == shard), key=lambda e: (e.start, e.end))
+        plans = [TensorPlan(e.name, target_dtype(e, dtype), e.shape) for e in entries]
+        layout[shard.name] = plans
+        same = all(plan.dtype == entry.dtype for plan, entry in zip(plans, entries, strict=True))
+        header = checkpoint.headers[shard.name] if same else plan_header(plans, read_metadata(shard))
+        with ShardWriter(out / shard.name, header) as writer:
+            for entry, plan in zip(entries, plans, strict=True):
+                for rows in merged_tiles(checkpoint, entry, plan.dtype, deltas):
+                    writer.write(rows)
+                    advance(rows.numel() * rows.element_size())
+        digests[shard.name] = writer.sha256
+    if (checkpoint.folder / INDEX).is_file():
+        write_json(out / INDEX, index_of(layout))
+    return digests
+
+
+def target_dtype(entry: TensorEntry, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype a tensor is written in: only floating-point ones are converted."""
+    return dtype if dtype is not None and entry.dtype in FLOATS else entry.dtype
+
+
+def merged_tiles(
+    checkpoint: Checkpoint, entry: TensorEntry, dtype: torch.dtype, deltas: Mapping[str, TileDelta]
+) -> Iterator[Tensor]:
+    """The tensor's rows, in order, with its update added; NaN and Inf are refused."""
+    delta = deltas.get(entry.name)
+    for start, tile in checkpoint.tiles(entry.name):
+        if delta is None:
+            yield tile.to(dtype)
+            continue
+        total = delta.rows(start, start + tile.shape[0]).add_(tile)
+        if not bool(torch.isfinite(total.sum())):
+            raise MismatchError(
+                f"{entry.name} + update is NaN or Inf near row {start}; the base or the adapter is damaged"
+            )
+        yield total.to(dtype)

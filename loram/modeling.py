@@ -1,0 +1,157 @@
+"""Build and load small models whose layers have different widths.
+
+A small model is a dynamically made subclass of the stock class: its __init__ lets the stock one build,
+then replaces the cut Linears by ones of the kept sizes. With head_dim and the query-heads-per-kv-head
+ratio unchanged, the stock attention and MLP code runs as it is: no forked modelling files. Where all
+layers are cut alike the small model *is* a stock model, and its config says so.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from loram.artifact import read_json
+from loram.checkpoint import BY_FLAG
+from loram.errors import CheckpointError, DataError, FamilyError
+from loram.families import FAMILIES, Family, family_of, is_small_config
+from loram.families.widths import Widths
+
+WIDTHS_KEY = "loram_widths"
+
+
+def small_config(config: Mapping[str, Any], widths: Widths) -> dict[str, Any]:
+    """The raw config of the small model: stock where all layers are alike, else ours with widths per layer."""
+    family = family_of(config)
+    geometry = family.geometry(config)
+    small = dict(config)
+    if widths.uniform:
+        small["head_dim"] = geometry.head_dim
+        small["num_key_value_heads"] = widths.kv_heads[0]
+        small["num_attention_heads"] = widths.kv_heads[0] * (geometry.heads // geometry.kv_heads)
+        small["intermediate_size"] = widths.mlp[0]
+        return small
+    model_type = str(config["model_type"])
+    small["model_type"] = f"loram_{model_type}"
+    small["architectures"] = [small_classes(model_type)[1].__name__]
+    small[WIDTHS_KEY] = {"kv_heads": list(widths.kv_heads), "mlp": list(widths.mlp)}
+    return small
+
+
+@cache
+def small_classes(model_type: str) -> tuple[type[Any], type[PreTrainedModel]]:
+    """The config and model class of small models of one architecture."""
+    family = FAMILIES[model_type]
+    stock_config: type[Any] = getattr(transformers, family.config_class)
+    stock_model: type[Any] = getattr(transformers, family.model_class)
+    config_class = type(
+        f"Loram{family.config_class}", (stock_config,), {"model_type": f"loram_{model_type}", "__module__": __name__}
+    )
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        stock_model.__init__(self, config, *args, **kwargs)
+        narrow(self, family)
+
+    members = {"__init__": __init__, "config_class": config_class, "__module__": __name__}
+    return config_class, type(f"Loram{family.model_class}", (stock_model,), members)
+
+
+def narrow(model: PreTrainedModel, family: Family) -> None:
+    """Replace the Linears of a stock model, in place, by ones of the widths that its config states."""
+    config: Any = model.config
+    raw = config.to_dict() | {"head_dim": getattr(config, "head_dim", None)}
+    geometry, widths = family.geometry(raw), Widths(**{k: tuple(v) for k, v in getattr(config, WIDTHS_KEY).items()})
+    if len(widths.mlp) != geometry.layers or len(widths.kv_heads) != geometry.layers:
+        raise FamilyError(
+            f"config.json: {WIDTHS_KEY} speaks of {len(widths.mlp)} layers, the model has {geometry.layers}"
+        )
+    for number in range(geometry.layers):
+        counts = {"kv_heads": widths.kv_heads[number], "mlp": widths.mlp[number]}
+        layer = model.get_submodule(f"{family.prefix}{number}")
+        for weight in family.linears:
+            old: Any = layer.get_submodule(weight.name)
+            out, into = (
+                sum(counts.get(s.count, geometry.size(s.count)) * geometry.size(s.width) for s in d)
+                for d in (weight.rows, weight.columns)
+            )
+            if (out, into) != tuple(old.weight.shape):
+                new = nn.Linear(into, out, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+                layer.set_submodule(weight.name, new)
+        for path, axis in family.layer_counts:
+            owner, _, attribute = path.rpartition(".")
+            setattr(layer.get_submodule(owner), attribute, counts[axis])
+        if family.per_layer_config:
+            own = copy.copy(config)
+            own.num_key_value_heads = counts["kv_heads"]
+            own.num_attention_heads = counts["kv_heads"] * (geometry.heads // geometry.kv_heads)
+            attention: Any = layer.get_submodule("self_attn")
+            attention.config = own
+
+
+def register() -> None:
+    """Make transformers' Auto classes load small models of every family."""
+    for model_type in FAMILIES:
+        config_class, model_class = small_classes(model_type)
+        AutoConfig.register(f"loram_{model_type}", config_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+
+
+def load_small(path: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+    """A small model as a transformers model; keyword arguments go to `from_pretrained`.
+
+    Loads what `loram prune` wrote, whatever its widths. Also loads any plain model.
+    """
+    return load_model(path, **from_pretrained_kwargs)
+
+
+def load_model(path: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> PreTrainedModel:
+    """A large or small model. `dtype`: auto (the checkpoint's), bf16, fp16, fp32, or a torch dtype."""
+    kwargs["dtype"] = BY_FLAG.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    kwargs.setdefault("low_cpu_mem_usage", True)
+    classes = classes_in(path)
+    loader: Any = classes[1] if classes else AutoModelForCausalLM
+    try:
+        model: PreTrainedModel = loader.from_pretrained(str(path), **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise loading_error(path, error) from error
+    return model
+
+
+def classes_in(path: str | Path) -> tuple[type[Any], type[PreTrainedModel]] | None:
+    """Our config and model class, where a folder holds a small model with widths of its own."""
+    file = Path(path) / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if not is_small_config(config):
+        return None
+    family_of(config)
+    return small_classes(str(config["model_type"]).removeprefix("loram_"))
+
+
+def loading_error(path: str | Path, error: Exception) -> CheckpointError:
+    """Whatever transformers raised, as one sentence that names the folder."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CheckpointError(f"transformers cannot load {path}: {first[:300]}")
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; DataError where there is none."""
+    classes = classes_in(path)
+    config = {"config": classes[0].from_pretrained(str(path))} if classes else {}
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), **config)
+    except Exception as error:
+        raise DataError(
+            f"{path} has no usable tokenizer ({str(error).strip().splitlines()[0][:200]}); "
+            "copy tokenizer.json and tokenizer_config.json of the model into the folder"
+        ) from error
+    return tokenizer

@@ -1,0 +1,39 @@
+"""Which units stay: the best by score, or random ones. Widths are given; indices come back sorted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from loram.families import AXES, Geometry
+from loram.families.widths import Widths
+from loram.pruning_map import Axis, axis_name
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores, sorted; among equals the first stay."""
+    return torch.argsort(scores, descending=True, stable=True)[:count].sort().values
+
+
+def random_units(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` of `size` indices, sorted, every subset equally likely."""
+    return torch.randperm(size, generator=generator)[:count].sort().values
+
+
+def layer_axes(
+    layer: int, widths: Widths, geometry: Geometry, scores: Mapping[str, Tensor] | torch.Generator
+) -> dict[str, Axis]:
+    """The axes of one layer that are cut, chosen by scores {unit: (size,)} or by a random generator."""
+    axes: dict[str, Axis] = {}
+    for unit in AXES:
+        size, count = geometry.size(unit), getattr(widths, unit)[layer]
+        if isinstance(scores, torch.Generator):
+            kept = random_units(size, count, scores)
+        else:
+            kept = best(scores[unit], count)
+        if count < size:
+            name = axis_name(layer, unit)
+            axes[name] = Axis(name, size, kept)
+    return axes

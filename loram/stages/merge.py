@@ -1,0 +1,116 @@
+"""merge: write W + s·B·A into a copy of the large checkpoint, as a stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loram.adapter import Adapter, check_finite, expected_modules, load_adapter
+from loram.artifact import Manifest, check_output, drafting, read_manifest, write_json
+from loram.checkpoint import BY_FLAG, Checkpoint, describe_base
+from loram.errors import KindError, MismatchError, OptionError
+from loram.families import family_of, is_small_config
+from loram.memory import check_disk, format_bytes, peak_bytes
+from loram.merging import check_mergeable, merge_shards
+from loram.options import MergeOptions
+from loram.progress import SILENT, Progress
+from loram.results import StageResult
+from loram.stages.lineage import check_base, copy_files, find_large, parent_of
+
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+CONFIG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeResult(StageResult):
+    """The merged model."""
+
+    modules: int
+    bytes: int
+    peak_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """path, peak_bytes."""
+        return super().to_json() | {"modules": self.modules, "bytes": self.bytes, "peak_bytes": self.peak_bytes}
+
+    def summary(self) -> str:
+        """One line."""
+        return f"merged {self.modules} modules, {format_bytes(self.bytes)} of weights; peak memory {format_bytes(self.peak_bytes)}"
+
+
+def merge(options: MergeOptions, progress: Progress = SILENT) -> MergeResult:
+    """Stream the base through, add each module's update tile by tile, keep everything else to the bit."""
+    if not options.dry_run:
+        check_output(options.out, [options.adapter, *([options.base] if options.base else [])], force=options.force)
+    manifest = read_manifest(options.adapter)
+    if manifest is not None and manifest.kind != "adapter":
+        raise KindError(
+            f"{options.adapter} is a {manifest.kind}; `loram merge` works on an adapter of the large model: "
+            f"run `loram recover {options.adapter} -o ADAPTER` first"
+        )
+    adapter = load_adapter(options.adapter)
+    check_finite(adapter, options.adapter)
+    base = base_folder(options, manifest)
+    dtype = None if options.dtype == "same" else BY_FLAG[options.dtype]
+    with Checkpoint(base) as checkpoint:
+        check_fit(checkpoint, adapter, options.adapter)
+        scale = 1 if dtype is None else max(1, dtype.itemsize // 2)
+        if not options.dry_run:
+            check_disk(options.out, checkpoint.total_bytes * scale)
+            progress.begin("merge", checkpoint.total_bytes * scale)
+            write(options, checkpoint, adapter, progress)
+            progress.end()
+        return MergeResult(
+            modules=len(adapter.pairs),
+            bytes=checkpoint.total_bytes,
+            peak_bytes=peak_bytes(),
+            path=None if options.dry_run else Path(options.out),
+            next_command=f"loram eval {options.out} --data FILE",
+        )
+
+
+def base_folder(options: MergeOptions, manifest: Manifest | None) -> Path:
+    """The large model to merge into, checked against the one the adapter was made for."""
+    base = find_large(options.adapter, manifest, options.base)
+    if base is None:
+        raise OptionError(f"{options.adapter} does not say where its large model is; add --base FOLDER")
+    if manifest is not None and manifest.base is not None:
+        check_base(manifest.base, base)
+    return base
+
+
+def check_fit(checkpoint: Checkpoint, adapter: Adapter, where: str) -> None:
+    """Refuse an adapter that is not complete for this base, and a base that cannot take one."""
+    if is_small_config(checkpoint.config):
+        raise KindError(f"{checkpoint.folder} is a small model; merge into the large one with --base FOLDER")
+    family = family_of(checkpoint.config)
+    geometry = family.geometry(checkpoint.config)
+    check_mergeable(checkpoint, adapter, geometry.tied)
+    missing = sorted(expected_modules(adapter.config, family, geometry) - set(adapter.pairs))
+    if missing:
+        raise MismatchError(
+            f"{where} lacks {missing[0]} ({len(missing)} modules missing) that its target_modules names"
+        )
+
+
+def write(options: MergeOptions, checkpoint: Checkpoint, adapter: Adapter, progress: Progress) -> None:
+    """Write the folder: other files first, then the shards."""
+    dtype = None if options.dtype == "same" else BY_FLAG[options.dtype]
+    with drafting(options.out, force=options.force, inputs=[options.adapter, checkpoint.folder]) as draft:
+        copy_files(checkpoint.folder, draft.path, COPIED)
+        for name in ("loram.json", "model.safetensors.index.json"):
+            (draft.path / name).unlink(missing_ok=True)
+        if dtype is not None:
+            config = checkpoint.config | {"dtype": CONFIG_NAMES[options.dtype]}
+            config.pop("torch_dtype", None)
+            write_json(draft.path / "config.json", config)
+        draft.digests.update(merge_shards(checkpoint, adapter, draft.path, dtype, progress.advance))
+        draft.manifest = Manifest(
+            kind="merged-model",
+            stage="merge",
+            options=options.to_json(),
+            family=family_of(checkpoint.config).name,
+            base=describe_base(checkpoint.folder, seen_from=draft.out),
+            parents=(parent_of(options.adapter, "adapter", draft.out),),
+        )

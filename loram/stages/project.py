@@ -1,0 +1,103 @@
+"""project: carry an adapter of the large model over to a small one. The exact inverse of recover."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loram.adapter import Adapter, LoraPair, check_finite, check_modules, expected_modules, load_adapter
+from loram.artifact import Manifest, check_output, drafting, read_manifest, require_kind
+from loram.errors import InputError, KindError, MismatchError
+from loram.options import ProjectOptions
+from loram.progress import SILENT, Progress
+from loram.pruning_map import PruningMap, read_map
+from loram.results import StageResult
+from loram.stages.lineage import check_digest, copy_files, moved, parent_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectResult(StageResult):
+    """The projected adapter."""
+
+    modules: int
+    rank: int
+
+    def to_json(self) -> dict[str, Any]:
+        """path, modules, rank."""
+        return super().to_json() | {"modules": self.modules, "rank": self.rank}
+
+    def summary(self) -> str:
+        """One line."""
+        return f"projected {self.modules} modules of rank {self.rank} onto the small model"
+
+
+def project(options: ProjectOptions, progress: Progress = SILENT) -> ProjectResult:
+    """Gather the adapter's rows and columns that the small model kept."""
+    inputs = [options.adapter, options.small]
+    if not options.dry_run:
+        check_output(options.out, inputs, force=options.force)
+    small = require_kind(options.small, ("small-model",), "project ADAPTER")
+    pruning_map = read_map(options.small)
+    check_digest(options.small, pruning_map, small.pruning_map_sha256)
+    check_same_base(options, small)
+    adapter = load_adapter(options.adapter)
+    check_finite(adapter, options.adapter)
+    projected = project_adapter(adapter, pruning_map, options.adapter)
+    result = ProjectResult(
+        modules=len(projected.pairs),
+        rank=projected.rank,
+        path=None if options.dry_run else Path(options.out),
+        next_command=f"loram recover {options.out} -o ADAPTER",
+    )
+    if options.dry_run:
+        return result
+    with drafting(options.out, force=options.force, inputs=inputs) as draft:
+        projected.save(draft.path, str(options.small))
+        copy_files(options.small, draft.path)
+        pruning_map.save(draft.path)
+        assert small.base is not None
+        draft.manifest = Manifest(
+            kind="small-adapter",
+            stage="project",
+            options=options.to_json(),
+            family=small.family,
+            compression=small.compression,
+            base=moved(small.base, options.small, draft.out),
+            pruning_map_sha256=pruning_map.sha256,
+            parents=(
+                parent_of(options.small, "small-model", draft.out),
+                parent_of(options.adapter, "adapter", draft.out),
+            ),
+        )
+    return result
+
+
+def project_adapter(adapter: Adapter, pruning_map: PruningMap, where: str | Path) -> Adapter:
+    """The adapter in small coordinates; MismatchError where it does not fit the large model."""
+    expected = expected_modules(adapter.config, pruning_map.family, pruning_map.geometry)
+    check_modules(adapter, pruning_map.shape, expected, where)
+
+    def gather(module: str, pair: LoraPair) -> LoraPair:
+        a, b = pruning_map.cut_pair(module, pair.a, pair.b)
+        return replace(pair, a=a, b=b)
+
+    return adapter.map_pairs(gather)
+
+
+def check_same_base(options: ProjectOptions, small: Manifest) -> None:
+    """Refuse an adapter whose manifest says that it belongs to another large model, or to a small one."""
+    if small.base is None:
+        raise InputError(f"{options.small}/loram.json does not name the large model; run `loram prune` again")
+    manifest = read_manifest(options.adapter)
+    if manifest is None:
+        return
+    if manifest.kind != "adapter":
+        raise KindError(
+            f"{options.adapter} is a {manifest.kind}; `loram project` works on an adapter of the large model"
+        )
+    if manifest.base and manifest.base.weights_fingerprint != small.base.weights_fingerprint:
+        raise MismatchError(
+            f"{options.adapter} was made for {manifest.base.id}, {options.small} was cut from {small.base.id}: other weights; "
+            "prune the adapter's own base"
+        )

@@ -1,0 +1,129 @@
+"""loram train: LoRA on a small model, or on any plain one."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loram.artifact import Draft, Manifest, check_output, drafting, read_manifest, relative_location
+from loram.checkpoint import describe_base, read_config
+from loram.data.encoding import DataSummary, EncodedRow, encode, within_context
+from loram.data.formats import read_sources
+from loram.errors import InputError, KindError
+from loram.hub.download import resolve_model
+from loram.memory import format_bytes
+from loram.modeling import load_model, load_tokenizer
+from loram.options import TrainOptions
+from loram.progress import SILENT, Progress
+from loram.pruning_map import FILE as MAP_FILE
+from loram.results import StageResult
+from loram.stages.lineage import copy_files, moved, parent_of
+from loram.training.device import resolve_dtype
+from loram.training.loop import TrainingRun, fit
+from loram.training.lora import save_adapter, wrap
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult(StageResult):
+    """The adapter's folder and how training went; `run` is None after a dry run."""
+
+    data: DataSummary
+    run: TrainingRun | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """`path`, `steps`, `loss.first`, `loss.last`, `tokens_per_second`, `peak_bytes`, `data`."""
+        body = super().to_json() | {"data": self.data.to_json()}
+        if self.run is None:
+            return body
+        return body | {
+            "steps": self.run.steps,
+            "loss": {"first": self.run.loss_first, "last": self.run.loss_last},
+            "tokens": self.run.tokens,
+            "seconds": self.run.seconds,
+            "tokens_per_second": self.run.tokens_per_second,
+            "peak_bytes": self.run.peak_bytes,
+        }
+
+    def summary(self) -> str:
+        """Two lines: what was trained on, and what came of it."""
+        if self.run is None:
+            return f"{self.data}\nnothing was trained (--dry-run)"
+        return (
+            f"{self.data}\n{self.run.steps} steps: training loss {self.run.loss_first:.3f} → {self.run.loss_last:.3f}, "
+            f"{self.run.tokens_per_second:,.0f} tokens/s, peak {format_bytes(self.run.peak_bytes)}"
+        )
+
+
+def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
+    """Train LoRA on `options.data` and write a PEFT folder: a small-adapter, or an adapter of a plain model."""
+    out = check_output(options.out, (options.model, *options.data), force=options.force)
+    folder, small = trainable(options.model)
+    sources = read_sources(options.data, options.columns)
+    tokenizer = load_tokenizer(folder)
+    rows, summary = encode(sources, tokenizer, within_context(options.max_length, read_config(folder)))
+    logger.info("%s", summary)
+    if options.dry_run:
+        return TrainResult(data=summary)
+    with drafting(out, force=options.force, inputs=(options.model, *options.data)) as draft:
+        draft.manifest = manifest_of(options, folder, small, out)
+        named = draft.manifest.base.id if draft.manifest.base and small is None else relative_location(folder, out)
+        run = train_into(draft, folder, rows, options, named, progress)
+        copy_files(folder, draft.path)
+        if small is not None:
+            shutil.copyfile(folder / MAP_FILE, draft.path / MAP_FILE)
+    command = f"loram verify {out}" if small is None else f"loram recover {out} -o {out}-large"
+    return TrainResult(path=out, next_command=command, data=summary, run=run)
+
+
+def trainable(model: str) -> tuple[Path, Manifest | None]:
+    """The model's folder, and its manifest if it is a small model; KindError for what is no model."""
+    folder = resolve_model(model)
+    if not folder.is_dir():
+        raise InputError(f"{model} is a file; give the folder of a small model or of any plain one")
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.kind == "merged-model":
+        return folder, None
+    if manifest.kind != "small-model":
+        raise KindError(
+            f"{model} is a {manifest.kind}; `loram train` works on a small model (`loram prune`) or a plain one"
+        )
+    return folder, manifest
+
+
+def train_into(
+    draft: Draft, folder: Path, rows: list[EncodedRow], options: TrainOptions, named: str, progress: Progress
+) -> TrainingRun:
+    """Load, wrap, train, save; `named` is what adapter_config.json calls the base."""
+    dtype = resolve_dtype(options.dtype)
+    model = wrap(load_model(folder, dtype=dtype), options)
+    trained, total = model.get_nb_trainable_parameters()
+    logger.info(
+        "%s: LoRA trains %s of %s parameters (%.2f%%)", dtype, f"{trained:,}", f"{total:,}", 100 * trained / total
+    )
+    run = fit(model, rows, options, draft.path, progress)
+    save_adapter(model, draft.path, named)
+    return run
+
+
+def manifest_of(options: TrainOptions, folder: Path, small: Manifest | None, out: Path) -> Manifest:
+    """What the adapter was made from."""
+    if small is None:
+        base = describe_base(folder, None if Path(options.model).exists() else options.model, seen_from=out)
+        return Manifest("adapter", "train", options.to_json(), base=base)
+    if small.base is None or small.pruning_map_sha256 is None:
+        raise InputError(f"{folder}/loram.json does not name the large model and the map; run `loram prune` again")
+    return Manifest(
+        "small-adapter",
+        "train",
+        options.to_json(),
+        family=small.family,
+        compression=small.compression,
+        base=moved(small.base, folder, out),
+        pruning_map_sha256=small.pruning_map_sha256,
+        parents=(parent_of(folder, "small-model", out),),
+    )

@@ -1,0 +1,200 @@
+"""verify: is this base's adapter right, complete, finite and portable? Any PEFT LoRA folder may be given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loram.adapter import Adapter, check_finite, check_modules, expected_modules, load_adapter
+from loram.artifact import Manifest, find_location, read_manifest, require_folder, sha256_file
+from loram.checkpoint import Checkpoint
+from loram.errors import LoramError, OptionError
+from loram.families import family_of
+from loram.options import VerifyOptions
+from loram.portability import Verdict, portability
+from loram.progress import SILENT, Progress
+from loram.pruning_map import FILE as MAP_FILE
+from loram.pruning_map import PruningMap, read_map
+from loram.results import StageResult
+from loram.stages.lineage import check_base, check_digest, find_large
+from loram.stages.project import project_adapter
+from loram.stages.recover import recover_adapter
+from loram.verification import Check, identity_gap, nonzero_share
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyResult(StageResult):
+    """What was checked, what failed, and who can load the adapter."""
+
+    checks: tuple[Check, ...]
+    portable: dict[str, Verdict]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def exit_code(self) -> int:
+        """6 where a check failed."""
+        return 0 if self.ok else 6
+
+    def to_json(self) -> dict[str, Any]:
+        """ok, checks[]{name,ok,detail}, portable.{peft,vllm,sglang,llama_cpp}."""
+        return super().to_json() | {
+            "ok": self.ok,
+            "checks": [asdict(check) for check in self.checks],
+            "portable": {name: verdict.ok for name, verdict in self.portable.items()},
+            "notes": {name: verdict.note for name, verdict in self.portable.items() if verdict.note},
+        }
+
+    def summary(self) -> str:
+        """A line per check, then the portability verdict."""
+        lines = [f"{'ok  ' if c.ok else 'FAIL'} {c.name}{': ' if c.detail else ''}{c.detail}" for c in self.checks]
+        verdicts = (f"{n} {'ok' if v.ok else 'no'}{f' ({v.note})' if v.note else ''}" for n, v in self.portable.items())
+        return "\n".join([*lines, "portable: " + " | ".join(verdicts)])
+
+
+def verify(options: VerifyOptions, progress: Progress = SILENT) -> VerifyResult:
+    """Run every check; a failed one is reported, not raised."""
+    folder = require_folder(options.adapter)
+    manifest = read_manifest(folder)
+    adapter = load_adapter(folder)
+    checks: list[Check] = []
+
+    def check(name: str, look: Callable[[], str]) -> None:
+        try:
+            checks.append(Check(name, True, look()))
+        except LoramError as error:
+            checks.append(Check(name, False, str(error)))
+
+    if manifest is not None:
+        check("files", lambda: check_files(folder, manifest))
+    check("finite", lambda: look_finite(adapter, folder))
+    small = map_of(folder, options.small)
+    if manifest is not None and manifest.kind == "small-adapter" and small is not None:
+        check("map", lambda: check_digest(folder, small, manifest.pruning_map_sha256))
+        check("modules and shapes", lambda: fits_map(adapter, small, folder))
+    else:
+        large = find_large(folder, manifest, options.large)
+        base = manifest.base if manifest else None
+        if large is None:
+            checks.append(Check("modules and shapes", True, "not checked against a base: add --large FOLDER"))
+        else:
+            if base is not None:
+                check("base", lambda: check_base(base, large))
+            check("modules and shapes", lambda: fits_base(adapter, large, folder))
+    check("non-zero", lambda: look_nonzero(adapter))
+    if options.numeric:
+        check("identity", lambda: look_identity(options, manifest, adapter, small))
+    complete = all(c.ok for c in checks if c.name != "identity")
+    return VerifyResult(
+        checks=tuple(checks),
+        portable=portability(adapter, complete=complete and (manifest is None or manifest.kind != "small-adapter")),
+        next_command=next_command(options, manifest),
+    )
+
+
+def next_command(options: VerifyOptions, manifest: Manifest | None) -> str:
+    """What to type next for this kind of adapter."""
+    if manifest is not None and manifest.kind == "small-adapter":
+        return f"loram recover {options.adapter} -o ADAPTER"
+    return f"loram merge {options.adapter} -o MERGED"
+
+
+def ancestors(folder: Path) -> Iterator[Path]:
+    """The folder, its parents, their parents … as far as the location hints still hold."""
+    yield folder
+    manifest = read_manifest(folder)
+    for parent in manifest.parents if manifest else ():
+        found = find_location(parent.location, folder)
+        if found is not None:
+            yield from ancestors(found)
+
+
+def map_of(folder: Path, small: str | None) -> PruningMap | None:
+    """The pruning map in the adapter's folder, in the small model given, or in an ancestor."""
+    places = [*([Path(small)] if small else []), *ancestors(folder)]
+    return next((read_map(place) for place in places if (place / MAP_FILE).is_file()), None)
+
+
+def small_adapter_of(folder: Path) -> Adapter | None:
+    """The small adapter that a recovered one was made from, if it is still where the manifest says."""
+    for place in ancestors(folder):
+        manifest = read_manifest(place)
+        if manifest is not None and manifest.kind == "small-adapter":
+            return load_adapter(place)
+    return None
+
+
+def check_files(folder: Path, manifest: Manifest) -> str:
+    """Digests of the manifest against the files."""
+    for name, digest in manifest.files.items():
+        file = folder / name
+        if not file.is_file() or sha256_file(file) != digest:
+            raise OptionError(f"{file} {'was changed' if file.is_file() else 'is missing'} since it was written")
+    return f"{len(manifest.files)} files as written"
+
+
+def look_finite(adapter: Adapter, folder: Path) -> str:
+    """No NaN, no Inf."""
+    check_finite(adapter, folder)
+    return f"{len(adapter.pairs)} modules"
+
+
+def fits_map(adapter: Adapter, pruning_map: PruningMap, folder: Path) -> str:
+    """A small adapter against the small model's shapes."""
+    expected = expected_modules(adapter.config, pruning_map.family, pruning_map.geometry)
+    check_modules(adapter, pruning_map.small_shape, expected, folder)
+    return f"{len(adapter.pairs)} modules fit the small model"
+
+
+def fits_base(adapter: Adapter, large: Path, folder: Path) -> str:
+    """An adapter against the headers of the base's shards; no weight is loaded."""
+    with Checkpoint(large) as checkpoint:
+        family = family_of(checkpoint.config)
+        expected = expected_modules(adapter.config, family, family.geometry(checkpoint.config))
+
+        def shape(module: str) -> tuple[int, ...]:
+            tied = module == "lm_head" and "lm_head.weight" not in checkpoint
+            return checkpoint.entry(f"{'model.embed_tokens' if tied else module}.weight").shape
+
+        check_modules(adapter, shape, expected, folder)
+    return f"{len(adapter.pairs)} modules fit {large}"
+
+
+def look_nonzero(adapter: Adapter) -> str:
+    """An adapter that changes nothing was not trained."""
+    share, dead = nonzero_share(adapter)
+    if not share:
+        raise OptionError("every update is zero: the adapter was not trained")
+    return f"{share:.0%} of modules" + (f"; zero: {dead[0]} …" if dead else "")
+
+
+def look_identity(options: VerifyOptions, manifest: Manifest | None, adapter: Adapter, small: PruningMap | None) -> str:
+    """The LoRAM identity on one batch of random tokens."""
+    import torch
+
+    large = find_large(options.adapter, manifest, options.large)
+    if large is None:
+        raise OptionError("the identity needs the large model; add --large FOLDER")
+    if small is None:
+        raise OptionError("the identity needs the pruning map; add --small FOLDER")
+    if manifest is not None and manifest.kind == "small-adapter":
+        narrow, wide = adapter, recover_adapter(adapter, small, options.adapter)
+    else:
+        # The adapter it was made from, where it is still there: projecting back cannot see a wrong order.
+        narrow, wide = (
+            small_adapter_of(Path(options.adapter)) or project_adapter(adapter, small, options.adapter),
+            adapter,
+        )
+    generator = torch.Generator().manual_seed(options.seed)
+    tokens = torch.randint(0, small.geometry.vocab, (2, 32), generator=generator)
+    gap = identity_gap(str(large), small, narrow, wide, tokens)
+    if not gap <= TOLERANCE:
+        raise OptionError(f"logits differ by {gap:.1e} relative, more than {TOLERANCE:.0e}: the recovery is wrong")
+    return f"logits agree to {gap:.1e} relative"

@@ -1,0 +1,85 @@
+"""The LoRAM identity in numbers, and the checks that `verify` reports.
+
+cut(large) + small adapter ≡ large with the pruned rows and columns zeroed + recovered adapter
+(2502.13533). It speaks of the cut large weights, so it holds whatever refit, alignment or quantization
+did to the small model afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loram.adapter import Adapter
+from loram.modeling import load_model, small_classes
+from loram.pruning_map import PruningMap
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    detail: str = ""
+
+
+@torch.no_grad()
+def identity_gap(
+    large: str, pruning_map: PruningMap, small_adapter: Adapter, recovered: Adapter, tokens: Tensor
+) -> float:
+    """Largest logit difference between the two sides of the identity, relative to the largest logit.
+
+    `tokens` is (rows, length). Both sides are computed in fp32, one model in memory at a time.
+    """
+    model = load_model(large, dtype="fp32")
+    model.train(False)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    zeroed = {n: pruning_map.embed(_module(n), pruning_map.cut(_module(n), t)) for n, t in state.items()}
+    apply_adapter(zeroed, recovered)
+    model.load_state_dict(zeroed)
+    expected = model(input_ids=tokens, use_cache=False).logits
+    config = dict(model.config.to_dict())
+    del model, zeroed
+    small = cut_model(config, pruning_map, state, small_adapter)
+    found = small(input_ids=tokens, use_cache=False).logits
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def cut_model(
+    config: Mapping[str, Any], pruning_map: PruningMap, state: Mapping[str, Tensor], adapter: Adapter
+) -> PreTrainedModel:
+    """cut(large) with the small adapter added to its weights, as a transformers model in fp32."""
+    widths = pruning_map.widths
+    config_class, model_class = small_classes(str(config["model_type"]))
+    values = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "dtype")}
+    values["loram_widths"] = {"kv_heads": list(widths.kv_heads), "mlp": list(widths.mlp)}
+    small: PreTrainedModel = model_class(config_class(**values))
+    small.train(False)
+    weights = {name: pruning_map.cut(_module(name), value) for name, value in state.items()}
+    apply_adapter(weights, adapter)
+    small.load_state_dict(weights)
+    return small
+
+
+def apply_adapter(weights: dict[str, Tensor], adapter: Adapter) -> None:
+    """Add every module's s·B·A to `weights`, in place of the entries it touches."""
+    for module, pair in adapter.pairs.items():
+        delta = pair.scale * (pair.b.float() @ pair.a.float())
+        name = f"{module}.weight"
+        weights[name] = weights[name] + (delta.T if pair.embedding else delta)
+
+
+def nonzero_share(adapter: Adapter) -> tuple[float, list[str]]:
+    """Share of modules whose update is not zero, and the modules whose is."""
+    dead = [m for m, pair in adapter.pairs.items() if not bool(pair.a.any()) or not bool(pair.b.any())]
+    return 1 - len(dead) / len(adapter.pairs), dead
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]

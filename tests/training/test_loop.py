@@ -1,0 +1,189 @@
+"""The loop against a hand-written one on the same tensors, its records, its stops."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loram.data.encoding import EncodedRow
+from loram.errors import MismatchError, OptionError
+from loram.options import TrainOptions
+from loram.progress import Progress
+from loram.training.device import resolve_dtype
+from loram.training.loop import TrainingRun, fit
+from loram.training.lora import wrap
+
+
+def options(**changes: Any) -> TrainOptions:
+    plain = {"model": "m", "rank": 4, "dropout": 0.0, "dtype": "fp32", "batch": 4, "lr": 1e-2, "seed": 3}
+    return TrainOptions(**{**plain, **changes})
+
+
+def tiny_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+        )
+    )
+
+
+def some_rows(count: int) -> list[EncodedRow]:
+    """Rows of different lengths and different shares of loss, so that a mean of means would be wrong."""
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for number in range(count):
+        length = 4 + 3 * (number % 5)
+        ids = torch.randint(0, 64, (length,), generator=generator).tolist()
+        first = 1 + (number * 7) % (length - 1)
+        rows.append(EncodedRow(input_ids=ids, loss_mask=[position >= first for position in range(length)]))
+    return rows
+
+
+def train_tiny(folder: Path, rows: list[EncodedRow], progress: Progress | None = None, **changes: Any) -> TrainingRun:
+    chosen = options(**changes)
+    return fit(wrap(tiny_model(), chosen), rows, chosen, folder, progress or Progress())
+
+
+def by_hand(rows: list[EncodedRow], steps: int, lr: float, warmup: int) -> list[float]:
+    """Full-batch LoRA training in plain torch: one row at a time, no padding, cosine with linear warm-up."""
+    model = wrap(tiny_model(), options())
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+    count = sum(sum(row["loss_mask"][1:]) for row in rows)
+    losses = []
+    for step in range(steps):
+        rate = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        optimizer.zero_grad()
+        total = 0.0
+        for row in rows:
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+            for position in range(1, len(row["input_ids"])):
+                if row["loss_mask"][position]:
+                    target = torch.tensor(row["input_ids"][position])
+                    total = total + nn.functional.cross_entropy(logits[position - 1], target)
+        loss = total / count
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.param_groups[0]["lr"] = lr * rate
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("batch", [12, 4, 1])
+def test_losses_equal_a_hand_written_loop_however_the_batch_is_accumulated(tmp_path: Path, batch: int) -> None:
+    rows = some_rows(12)
+    run = train_tiny(tmp_path, rows, batch=batch, accumulate=12 // batch, steps=5, warmup=2.0)
+    expected = by_hand(rows, steps=5, lr=1e-2, warmup=2)
+    torch.testing.assert_close([line["loss"] for line in records(tmp_path)], expected, rtol=1e-5, atol=1e-5)
+    assert (run.steps, run.loss_first, run.loss_last) == (
+        5,
+        records(tmp_path)[0]["loss"],
+        records(tmp_path)[-1]["loss"],
+    )
+    assert run.tokens == 5 * sum(len(row["input_ids"]) for row in rows)
+    assert run.peak_bytes > 0
+
+
+def test_same_seed_same_losses_other_seed_other_losses(tmp_path: Path) -> None:
+    losses = []
+    for number, seed in enumerate((3, 3, 4)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        train_tiny(folder, some_rows(12), steps=6, dropout=0.1, seed=seed)
+        losses.append([line["loss"] for line in records(folder)])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    plain = train_tiny(tmp_path, some_rows(12), steps=4)
+    checkpointed = train_tiny(tmp_path, some_rows(12), steps=4, checkpointing=True)
+    assert plain.loss_last == pytest.approx(checkpointed.loss_last, rel=1e-6)
+    assert len(records(tmp_path)) == 8  # append-only
+
+
+def test_a_run_in_another_dtype_in_between_leaves_no_trace(tmp_path: Path) -> None:
+    first = train_tiny(tmp_path, some_rows(12), steps=3)
+    train_tiny(tmp_path, some_rows(12), steps=3, dtype="bf16")
+    assert train_tiny(tmp_path, some_rows(12), steps=3).loss_last == first.loss_last
+
+
+def test_epochs_schedules_and_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train_tiny(tmp_path, some_rows(12), epochs=1.5, schedule="linear", warmup=0.0)
+    lines = records(tmp_path)
+    assert run.steps == 5
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert all(line.keys() == {"step", "loss", "lr", "tokens", "seconds"} for line in lines)
+    assert lines[0]["lr"] == pytest.approx(1e-2)
+    assert lines[0]["tokens"] < lines[-1]["tokens"] == run.tokens
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_hears_every_step_at_most_every_n(tmp_path: Path) -> None:
+    class Recorder(Progress):
+        def __init__(self) -> None:
+            self.heard: list[Any] = []
+
+        def begin(self, label: str, total: int) -> None:
+            self.heard.append((label, total))
+
+        def advance(self, amount: int = 1, **figures: float) -> None:
+            self.heard.append((amount, sorted(figures)))
+
+        def end(self) -> None:
+            self.heard.append("end")
+
+    recorder = Recorder()
+    train_tiny(tmp_path, some_rows(12), recorder, steps=8, log_every=3)
+    figures = ["loss", "memory", "tokens_per_second"]
+    assert recorder.heard == [("train", 8), *[(amount, figures) for amount in (1, 3, 3, 1)], "end"]
+
+
+def test_training_lowers_the_loss_and_touches_only_lora(tmp_path: Path) -> None:
+    model = wrap(tiny_model(), options())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    run = fit(model, some_rows(12), options(steps=20), tmp_path)
+    assert run.loss_last < run.loss_first - 0.5
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_nan_is_a_sentence_with_the_step(tmp_path: Path) -> None:
+    model = wrap(tiny_model(), options())
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_A" in name).fill_(math.nan)
+    with pytest.raises(MismatchError, match=r"the loss became NaN at step 1 with --lr 0\.01; lower --lr") as caught:
+        fit(model, some_rows(12), options(steps=3), tmp_path)
+    assert caught.value.exit_code == 6
+
+
+def test_options_that_do_not_go_together(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"do not go together: .*nonsense"):
+        train_tiny(tmp_path, some_rows(4), steps=1, optimizer="nonsense")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_dtypes_without_a_gpu() -> None:
+    assert resolve_dtype("auto") in ("bf16", "fp32")
+    assert resolve_dtype("bf16") == "bf16"
+    with pytest.raises(OptionError, match="fp16 needs a GPU"):
+        resolve_dtype("fp16")
