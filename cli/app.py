@@ -19,7 +19,7 @@ from loram.recipe import recipe_text
 from loram.version import __version__
 
 from .console import Console
-from .failures import describe
+from .failures import Cancelled, describe
 from .options import Invocation, command, normalize, restore_argument_help, stub
 from .recipes import build_options, descriptions
 
@@ -53,8 +53,11 @@ def run_stage(call: Invocation) -> int:
     options = build_options(call)
     from loram.stages import stage_function
 
-    with console.working() as progress:
-        result = stage_function(call.stage)(options, progress)
+    try:
+        with console.working() as progress:
+            result = stage_function(call.stage)(options, progress)
+    except KeyboardInterrupt as interrupt:  # typer would turn it into a silent exit
+        raise Cancelled from interrupt
     console.result(result)
     return result.exit_code
 
@@ -116,8 +119,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        if error.__class__ is typer.Abort:
-            error = KeyboardInterrupt()
         sentence, code = describe(error)
         Console(verbose=bool({"-v", "--verbose"} & set(words))).error(sentence, error)
         return code

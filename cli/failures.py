@@ -21,13 +21,17 @@ NO_MEMORY = (
 )
 
 
+class Cancelled(Exception):
+    """Ctrl-C in a stage that cannot be resumed."""
+
+
 def describe(error: BaseException) -> tuple[str, int]:
     """What to say about an exception, and the exit code."""
     if isinstance(error, LoramError):
         return str(error), error.exit_code
     if isinstance(error, ClickError):
         return usage_sentence(error), 2
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | Cancelled | typer.Abort):
         return "interrupted", 130
     if is_out_of_memory(error):
         return NO_MEMORY, 3

@@ -22,6 +22,7 @@ from loram.version import __version__
 
 SCHEMA = 1
 MANIFEST = "loram.json"
+UNHASHED = (MANIFEST, "loram.log", "metrics.jsonl")  # the last two hold times: they say when, not what
 KINDS = ("small-model", "small-adapter", "adapter", "merged-model", "run")
 FIRST_STAGE = {
     "small-model": "loram prune MODEL -o SMALL",
@@ -102,7 +103,7 @@ class Draft:
         assert self.manifest is not None, "a stage must set draft.manifest"
         for file in sorted(self.path.rglob("*")):
             name = file.relative_to(self.path).as_posix()
-            if file.is_file() and name not in (MANIFEST, "loram.log") and name not in self.digests:
+            if file.is_file() and name not in UNHASHED and name not in self.digests:
                 self.digests[name] = sha256_file(file)
         manifest = replace(self.manifest, files=dict(sorted(self.digests.items())), environment=environment())
         write_json(self.path / MANIFEST, manifest.to_json())

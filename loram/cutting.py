@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,19 +105,3 @@ def small_bytes(checkpoint: Checkpoint, pruning_map: PruningMap) -> int:
             count *= extent
         total += count * checkpoint.entry(name).dtype.itemsize
     return total
-
-
-def describe_uncut(family: Family, config: Mapping[str, Any], widths: Any) -> list[str]:
-    """A sentence for every axis that the ratio asked to cut and that could not be."""
-    geometry = family.geometry(config)
-    notes = []
-    if min(widths.kv_heads) == geometry.kv_heads:
-        why = (
-            "there is one kv head"
-            if geometry.kv_heads == 1
-            else f"{geometry.kv_heads} kv heads are too coarse for this ratio"
-        )
-        notes.append(f"attention is not cut: {why}")
-    if min(widths.mlp) == geometry.mlp:
-        notes.append("MLP channels are not cut: the ratio and --round-to leave all of them")
-    return notes

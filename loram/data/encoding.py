@@ -40,6 +40,7 @@ class DataSummary:
     loss_tokens: int
     lengths: tuple[int, int, int]
     max_length: int
+    joined: int = 0
 
     @property
     def loss_share(self) -> float:
@@ -54,6 +55,7 @@ class DataSummary:
             "rows": self.rows,
             "cut": self.cut,
             "dropped": self.dropped,
+            "joined": self.joined,
             "tokens": self.tokens,
             "loss_tokens": self.loss_tokens,
             "loss_share": self.loss_share,
@@ -70,6 +72,11 @@ class DataSummary:
         if self.cut or self.dropped:
             text += f"\n{self.cut} rows are longer than --max-length {self.max_length} and were cut"
             text += f"; {self.dropped} more have no loss left and were dropped" if self.dropped else ""
+        if self.joined:
+            text += (
+                f"\nin {self.joined} rows one token spans the end of the prompt and the start of the completion; "
+                "move the space at the prompt's end to the completion, so that the prompt alone gives the same tokens"
+            )
         return text
 
 
@@ -77,16 +84,17 @@ def encode(sources: Sequence[Source], tokenizer: Any, max_length: int) -> tuple[
     """Every row of the sources, cut to `max_length`; rows without any loss left are dropped and counted."""
     rows: list[EncodedRow] = []
     lengths: list[int] = []
-    cut = dropped = 0
+    cut = dropped = joined = 0
     for source in sources:
         for example in source.rows:
-            row = encode_example(example, tokenizer)
+            row, spanning = encode_and_check(example, tokenizer)
             lengths.append(len(row["input_ids"]))
             short = EncodedRow(input_ids=row["input_ids"][:max_length], loss_mask=row["loss_mask"][:max_length])
             if not any(short["loss_mask"]):
                 dropped += 1
                 continue
             cut += len(row["input_ids"]) > max_length
+            joined += spanning
             rows.append(short)
     names = ", ".join(source.path for source in sources)
     if not rows:
@@ -103,63 +111,74 @@ def encode(sources: Sequence[Source], tokenizer: Any, max_length: int) -> tuple[
         loss_tokens=sum(sum(row["loss_mask"]) for row in rows),
         lengths=percentiles(lengths),
         max_length=max_length,
+        joined=joined,
     )
     return rows, summary
 
 
 def encode_example(example: Example, tokenizer: Any) -> EncodedRow:
     """One example in full length."""
+    return encode_and_check(example, tokenizer)[0]
+
+
+def encode_and_check(example: Example, tokenizer: Any) -> tuple[EncodedRow, bool]:
+    """One example in full length, and whether a token spans the beginning of what carries loss."""
     if example.messages is not None:
         text, spans = render_with_spans(tokenizer, example)
-        ids, mask = tokenize(tokenizer, text, spans, special_tokens=False)
-    elif example.text is not None:
-        ids, mask = tokenize(tokenizer, example.text, [(0, len(example.text))])
-        ids, mask = with_end(ids, mask, tokenizer.eos_token_id)
+        found = tokenize(tokenizer, text, spans, special_tokens=False)
     else:
-        prompt, completion = example.prompt or "", example.completion or ""
-        ids, mask = tokenize(tokenizer, prompt + completion, [(len(prompt), len(prompt) + len(completion))])
-        ids, mask = with_end(ids, mask, tokenizer.eos_token_id)
-    if mask:
-        mask[0] = False
-    return EncodedRow(input_ids=ids, loss_mask=mask)
+        prompt = example.prompt or ""
+        text = prompt + (example.completion or "") if example.text is None else example.text
+        found = with_end(tokenize(tokenizer, text, [(len(prompt), len(text))]), tokenizer.eos_token_id)
+    if found.mask:
+        found.mask[0] = False
+    return EncodedRow(input_ids=found.ids, loss_mask=found.mask), found.joined
 
 
-def with_end(ids: list[int], mask: list[bool], eos: int | None) -> tuple[list[int], list[bool]]:
+@dataclass
+class Tokens:
+    """Ids, which of them overlap a span, and whether one of them holds what is on both sides of a span's start."""
+
+    ids: list[int]
+    mask: list[bool]
+    joined: bool = False
+
+
+def with_end(tokens: Tokens, eos: int | None) -> Tokens:
     """The end-of-text token at the end, once, carrying loss."""
-    if eos is None:
-        return ids, mask
-    if ids and ids[-1] == eos:
-        return ids, [*mask[:-1], True]
-    return [*ids, eos], [*mask, True]
+    if eos is not None and tokens.ids[-1:] != [eos]:
+        tokens.ids.append(eos)
+        tokens.mask.append(True)
+    elif eos is not None:
+        tokens.mask[-1] = True
+    return tokens
 
 
-def tokenize(
-    tokenizer: Any, text: str, spans: list[Span], *, special_tokens: bool = True
-) -> tuple[list[int], list[bool]]:
+def tokenize(tokenizer: Any, text: str, spans: list[Span], *, special_tokens: bool = True) -> Tokens:
     """Ids of `text`, and which of them overlap one of the spans."""
     if not tokenizer.is_fast:
         return tokenize_by_pieces(tokenizer, text, spans, special_tokens=special_tokens)
     found = tokenizer(
         text, add_special_tokens=special_tokens, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )
-    mask = [any(low < end and high > start for start, end in spans) for low, high in found["offset_mapping"]]
-    return list(found["input_ids"]), mask
+    offsets = found["offset_mapping"]
+    mask = [any(low < end and high > start for start, end in spans) for low, high in offsets]
+    starts = {start for start, _ in spans}
+    joined = any(low < start < high for start in starts for low, high in offsets)
+    return Tokens(list(found["input_ids"]), mask, joined)
 
 
-def tokenize_by_pieces(
-    tokenizer: Any, text: str, spans: list[Span], *, special_tokens: bool
-) -> tuple[list[int], list[bool]]:
+def tokenize_by_pieces(tokenizer: Any, text: str, spans: list[Span], *, special_tokens: bool) -> Tokens:
     """The same for a tokenizer that gives no offsets: every piece is tokenized on its own."""
-    ids: list[int] = []
-    mask: list[bool] = []
+    tokens = Tokens([], [])
     if special_tokens and begins_with_bos(tokenizer):
-        ids, mask = [tokenizer.bos_token_id], [False]
+        tokens = Tokens([tokenizer.bos_token_id], [False])
     edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
     for low, high in pairwise(edges):
         piece = tokenizer(text[low:high], add_special_tokens=False, verbose=False)["input_ids"]
-        ids += piece
-        mask += [any(low < end and high > start for start, end in spans)] * len(piece)
-    return ids, mask
+        tokens.ids += piece
+        tokens.mask += [any(low < end and high > start for start, end in spans)] * len(piece)
+    return tokens
 
 
 def begins_with_bos(tokenizer: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from loram.data.chat import render
+from loram.data.encoding import encode_example
 from loram.data.formats import Example
 from loram.errors import DataError
 from loram.progress import SILENT, Progress
@@ -23,31 +23,30 @@ FINAL_NUMBER = re.compile(r"####\s*\$?(-?[\d,]*\.?\d+)")
 
 @dataclass(frozen=True)
 class Question:
-    """What the model is given, and what it should write."""
+    """The tokens that the model is given, and the text it should go on with."""
 
-    prompt: str
+    prompt: tuple[int, ...]
     answer: str
-    chat: bool = False
 
 
 def questions(examples: Sequence[Example], tokenizer: Any) -> list[Question]:
-    """A question per row that has an answer: prompt and completion, or a chat up to its last assistant turn."""
-    found = [question(example, tokenizer) for example in examples]
-    usable = [item for item in found if item is not None]
+    """A question per row that has an answer; DataError where the data is plain text."""
+    usable = [question(example, tokenizer) for example in examples if example.text is None]
     if not usable:
         raise DataError("--generate needs rows with answers (prompt/completion or messages); the data is plain text")
     return usable
 
 
-def question(example: Example, tokenizer: Any) -> Question | None:
-    """One row as a question; None for plain text."""
-    if example.completion is not None:
-        return Question(example.prompt or "", example.completion)
-    if example.messages is None:
-        return None
-    last = max(i for i, turn in enumerate(example.messages) if turn["role"] == "assistant")
-    prompt = render(tokenizer, example.messages[:last], example.place, prompt=True)
-    return Question(prompt, example.messages[last]["content"], chat=True)
+def question(example: Example, tokenizer: Any) -> Question:
+    """One row, encoded as for training: its last stretch of tokens with loss is the answer, what precedes the prompt.
+
+    So the model is asked with the very tokens that it was trained on, also where a token spans the boundary.
+    """
+    row = encode_example(example, tokenizer)
+    ids, mask = row["input_ids"], row["loss_mask"]
+    end = len(mask) - mask[::-1].index(True)
+    start = end - next((i for i, carries in enumerate(reversed(mask[:end])) if not carries), end)
+    return Question(tuple(ids[:start]), str(tokenizer.decode(ids[start:end], skip_special_tokens=True)))
 
 
 def exact_match(
@@ -71,19 +70,13 @@ def exact_match(
 def answers(model: Any, tokenizer: Any, group: Sequence[Question], new_tokens: int) -> list[str]:
     """What the model writes greedily after each prompt; left padding, so that all write at the right end."""
     device = model.get_input_embeddings().weight.device
-    prompts = [tokenizer(q.prompt, add_special_tokens=not q.chat, verbose=False)["input_ids"] for q in group]
     end = tokenizer.eos_token_id
-    prompts = [without_end(ids, end) or [end or 0] for ids in prompts]
+    prompts = [list(item.prompt) for item in group]
     longest = max(map(len, prompts))
     ids = torch.tensor([[end or 0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     written = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy(model, end, new_tokens))
     return [str(text) for text in tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)]
-
-
-def without_end(ids: list[int], end: int | None) -> list[int]:
-    """A prompt without the end mark that some tokenizers add."""
-    return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
 
 
 def greedy(model: Any, end: int | None, new_tokens: int) -> Any:

@@ -81,3 +81,14 @@ class Cut:
             kv_heads=tuple(kv_heads if w else heads for w in whole),
             mlp=tuple(mlp if w else channels for w in whole),
         )
+
+
+def describe_uncut(kv_heads: int, mlp: int, widths: Widths) -> list[str]:
+    """A sentence for every axis that the ratio asked to cut and that could not be."""
+    notes = []
+    if min(widths.kv_heads) == kv_heads:
+        why = "there is one kv head" if kv_heads == 1 else f"{kv_heads} kv heads are too coarse for this ratio"
+        notes.append(f"attention is not cut: {why}")
+    if min(widths.mlp) == mlp:
+        notes.append("MLP channels are not cut: the ratio and --round-to leave all of them")
+    return notes

@@ -13,11 +13,11 @@ from torch import Tensor
 from loram.artifact import Base, Draft, Manifest, check_output, drafting, read_manifest, write_json
 from loram.blockwise import observe_inputs, whole_model_gradients
 from loram.checkpoint import Checkpoint, describe_base, read_tensors
-from loram.cutting import Refitted, check_tensors, describe_uncut, small_bytes, write_small
+from loram.cutting import Refitted, check_tensors, small_bytes, write_small
 from loram.data.calibration import calibration_windows, is_general
 from loram.errors import KindError
 from loram.families import Family, Geometry, Weight, family_of
-from loram.families.widths import Cut, Widths, parse_ratio
+from loram.families.widths import Cut, Widths, describe_uncut, parse_ratio
 from loram.hub.download import resolve_model
 from loram.memory import check_disk
 from loram.modeling import load_tokenizer, small_config
@@ -106,7 +106,7 @@ def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
             large=parameters(checkpoint.config),
             small=parameters(checkpoint.config, widths),
             widths=widths,
-            notes=(*describe_uncut(family, checkpoint.config, widths), *calibration_notes(options)),
+            notes=(*describe_uncut(geometry.kv_heads, geometry.mlp, widths), *calibration_notes(options)),
             path=None if options.dry_run else Path(options.out),
             next_command=f"loram train {options.out} --data FILE -o ADAPTER",
         )

@@ -74,6 +74,13 @@ def test_a_token_over_the_boundary_belongs_to_the_completion() -> None:
     whole = tokenizer("And the LORD")["input_ids"]
     assert row["input_ids"] == [*whole, tokenizer.eos_token_id]
     assert learnt(tokenizer, row) == " the LORD</s>"
+    spanning = [
+        Example("f:1", prompt="And t", completion="he LORD"),
+        Example("f:2", prompt="And", completion=" the LORD"),
+    ]
+    _, summary = encode([source(*spanning)], tokenizer, 64)
+    assert summary.joined == 1
+    assert "in 1 rows one token spans the end of the prompt" in str(summary)
 
 
 def test_pieces_for_a_tokenizer_without_offsets() -> None:

@@ -1,0 +1,82 @@
+"""init: write a recipe for a model, data and a memory size; what it says is what `run` would do by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loram.artifact import output_error
+from loram.errors import OptionError, OutputError, ResourceError
+from loram.memory import format_bytes
+from loram.options import InitOptions, PlanOptions
+from loram.progress import SILENT, Progress
+from loram.results import StageResult
+from loram.stages.plan import PlanResult, plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitResult(StageResult):
+    """The recipe that was written."""
+
+    text: str
+
+    def to_json(self) -> dict[str, Any]:
+        """path, recipe (the text)."""
+        return super().to_json() | {"recipe": self.text}
+
+    def summary(self) -> str:
+        """The recipe itself."""
+        return self.text.rstrip()
+
+
+def init(options: InitOptions, progress: Progress = SILENT) -> InitResult:
+    """Choose ratio and steps, and write them down with the reasons."""
+    if not options.data:
+        raise OptionError("loram init needs the training data; add --data FILE")
+    target = Path(options.out or "recipe.yaml")
+    if target.exists() and not options.force:
+        raise OutputError(f"{target} exists; choose another with -o or add --force")
+    result = plan(PlanOptions(model=options.model, memory=options.memory))
+    text = recipe_text(options, result)
+    if not options.dry_run:
+        try:
+            target.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise output_error(error, target) from error
+    return InitResult(
+        text=text,
+        path=None if options.dry_run else target,
+        next_command=f"loram run {target} -o RUN",
+    )
+
+
+def recipe_text(options: InitOptions, result: PlanResult) -> str:
+    """The recipe as YAML with comments."""
+    import yaml
+
+    if options.memory is not None and result.choice is None:
+        raise ResourceError(f"no cut of {options.model} fits into {options.memory}; give more memory")
+    ratio = float(result.choice.ratio) if result.choice and result.choice.ratio else 0.5
+    run: dict[str, Any] = {"model": options.model, "data": list(options.data), "eval_data": list(options.eval_data)}
+    sections = {
+        "run": {key: value for key, value in run.items() if value},
+        "prune": {
+            "method": "structured",
+            "score": "wanda",
+            "ratio": ratio,
+            "calibration": [*options.data, f"builtin={len(options.data)}"],
+        },
+        "train": {"rank": 8, "alpha": 16, "epochs": 1, "lr": 2e-4},
+        "recover": {"portable": True},
+        "verify": {},
+        "eval": {"compare": True},
+    }
+    peak = format_bytes(result.peaks["train"].total)
+    head = [
+        f"# {options.model} on {options.memory or 'this machine'}; change what you like: every key is an option of its stage.",
+        f"# Training at ratio 0.5 would peak at about {peak}."
+        + (f" Suggested: {result.choice.flags()}." if result.choice else ""),
+        "# Calibrating half on the training data is what makes the adapter carry over to the large model.",
+    ]
+    return "\n".join(head) + "\n\n" + yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)

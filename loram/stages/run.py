@@ -1,0 +1,160 @@
+"""run: the sections of a recipe in order, each into its folder; a finished stage with the same digest is skipped."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loram.artifact import MANIFEST, Base, Manifest, check_output, environment, read_json, read_manifest, write_json
+from loram.checkpoint import describe_base
+from loram.errors import MismatchError, OutputError
+from loram.hub.download import resolve_model
+from loram.memory import format_bytes, peak_bytes, restart_peak
+from loram.options import RunOptions
+from loram.progress import SILENT, Progress
+from loram.recipe import Recipe, load_recipe
+from loram.results import StageResult
+from loram.stages import stage_function
+from loram.stages.wiring import Step, settle, wire
+
+logger = logging.getLogger(__name__)
+RECORD = "run.json"
+LADDER = "ladder.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult(StageResult):
+    """What every stage did, and the ladder of the large model."""
+
+    stages: tuple[dict[str, Any], ...]
+    ladder: Any = None
+    adapter: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """path, stages[], and the ladder."""
+        body = super().to_json() | {"stages": list(self.stages)}
+        if self.ladder is not None:
+            body |= {"ladder": self.ladder.to_json(), "verdict": self.ladder.verdict()}
+        return body
+
+    def summary(self) -> str:
+        """A line per stage and the verdict."""
+        lines = []
+        for stage in self.stages:
+            if stage.get("skipped"):
+                lines.append(f"{stage['name']:<8} skipped: done before with the same options and inputs")
+            else:
+                memory = format_bytes(stage.get("peak_bytes", 0))
+                lines.append(f"{stage['name']:<8} {stage.get('seconds', 0):6.1f} s   {memory:>10}")
+        return "\n".join([*lines, *([self.ladder.verdict()] if self.ladder is not None else [])])
+
+
+def run(options: RunOptions, progress: Progress = SILENT) -> RunResult:
+    """Work through a recipe. Killed and started again it goes on where it was."""
+    recipe = load_recipe(options.recipe).override(options.overrides)
+    options = settle(options, recipe)
+    model = str(resolve_model(str(options.model)))
+    steps = wire(options, recipe, model)
+    if options.dry_run:
+        plan = tuple({"name": step.name, "options": step.options.to_json()} for step in steps)
+        return RunResult(stages=plan, next_command=f"loram run {options.recipe} -o {options.out}")
+    folder = open_run(options, model)
+    record = Record(folder)
+    ladder: Any = None
+    for step in steps:
+        result = do(step, record, progress)
+        if getattr(result, "ladder", None) is not None:
+            ladder = getattr(result, "ladder")  # noqa: B009 (only an evaluation has one)
+            write_json(folder / LADDER, ladder.to_json())
+    close_run(folder, options, recipe, record, describe_base(model, seen_from=folder))
+    adapter = folder / "adapter"
+    return RunResult(
+        stages=tuple(record.stages[step.name] for step in steps),
+        ladder=ladder if ladder is not None else record.ladder(),
+        adapter=str(adapter),
+        path=folder,
+        next_command=f"loram merge {adapter} -o MERGED" if adapter.is_dir() else "",
+    )
+
+
+class Record:
+    """`run.json`: per stage its digest, time, memory and figures; written after every stage."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        body = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+        self.stages: dict[str, dict[str, Any]] = {stage["name"]: stage for stage in body.get("stages", ())}
+
+    def save(self, **more: Any) -> None:
+        """Write the file whole."""
+        partial = self.folder / (RECORD + ".partial")
+        write_json(partial, {"stages": list(self.stages.values()), **more})
+        partial.replace(self.folder / RECORD)
+
+    def ladder(self) -> Any:
+        """The ladder of an evaluation that was skipped this time."""
+        from loram.evaluation.ladder import Ladder, Rung
+
+        file = self.folder / LADDER
+        if not file.is_file():
+            return None
+        gain_stderr = self.stages.get("eval", {}).get("result", {}).get("gain_stderr")
+        return Ladder(tuple(Rung(**row) for row in read_json(file)["rows"]), gain_stderr)
+
+
+def do(step: Step, record: Record, progress: Progress) -> StageResult | None:
+    """Run one step, or skip it where its digest is recorded and its folder is whole."""
+    digest = step.digest()
+    before = record.stages.get(step.name, {})
+    whole = (
+        step.out is None or read_manifest(step.out) is not None if (step.out is None or step.out.is_dir()) else False
+    )
+    if before.get("digest") == digest and whole:
+        logger.info("%s: skipped, done before with the same options and inputs", step.name)
+        record.stages[step.name] = before | {"skipped": True}
+        return None
+    logger.info("── %s", step.name)
+    options = replace(step.options, force=True) if step.out is not None else step.options  # type: ignore[call-arg]
+    restart_peak()
+    began = time.monotonic()
+    result = stage_function(step.stage)(options, progress)
+    record.stages[step.name] = {
+        "name": step.name,
+        "digest": digest,
+        "seconds": round(time.monotonic() - began, 3),
+        "peak_bytes": peak_bytes(),
+        "options": step.options.to_json(),
+        "result": result.to_json(),
+    }
+    record.save()
+    if result.summary() and step.stage != "eval":
+        logger.info("%s", result.summary())
+    if result.exit_code:
+        raise MismatchError(f"{step.name} failed on {step.inputs[0]}: see the checks above; nothing after it was run")
+    return result
+
+
+def open_run(options: RunOptions, model: str) -> Path:
+    """The run's folder: new, or an earlier run of loram's that goes on."""
+    folder = Path(options.out)
+    if folder.is_dir() and any(folder.iterdir()):
+        if options.force:
+            shutil.rmtree(folder)
+        elif not (folder / RECORD).is_file():
+            raise OutputError(f"{folder} exists and is not a run of loram's; choose another with -o or add --force")
+    check_output(folder, [model, *options.data, *options.eval_data], force=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / RECORD).is_file():
+        Record(folder).save()
+    return folder
+
+
+def close_run(folder: Path, options: RunOptions, recipe: Recipe, record: Record, base: Base) -> None:
+    """Write the record with the recipe, and the manifest that says the run is complete."""
+    record.save(recipe=recipe.sections, source=recipe.source, options=options.to_json(), environment=environment())
+    manifest = Manifest(kind="run", stage="run", options=options.to_json(), base=base, environment=environment())
+    write_json(folder / MANIFEST, manifest.to_json())
