@@ -141,12 +141,13 @@ def ladder_table(rows: Any, *, unicode: bool) -> Table:
     table.add_column("± stderr", justify="right")
     if scored:
         table.add_column("accuracy", justify="right")
-    table.add_column("accuracy" if scored else "likelihood per token")
+    table.add_column("accuracy" if scored else "likelihood per token, best = full")
+    best = min((row["loss"] for row in columns if row["loss"] is not None), default=0.0)
     for row in columns:
         cells = [str(row["name"]), number(row["loss"]), number(row["stderr"])]
         if scored:
             cells.append("" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} %")
-        share = row["accuracy"] if scored else None if row["loss"] is None else math.exp(-row["loss"])
+        share = row["accuracy"] if scored else None if row["loss"] is None else math.exp(best - row["loss"])
         table.add_row(*cells, bar(share, "█" if unicode else "#"))
     return table
 

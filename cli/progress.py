@@ -67,13 +67,15 @@ class Work:
     started: float = field(default_factory=time.monotonic)
     done: int = 0
     printed: int = 0
+    seconds: float = 0.0
 
 
 class LineProgress(Progress):
-    """At most about twenty lines per piece of work, each complete in itself, for logs and pipes."""
+    """About twenty lines per piece of work at most, and one in `seconds`; each complete in itself, for logs."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, seconds: float = 1.0) -> None:
         self.console = console
+        self.seconds = seconds
         self.stack: list[Work] = []
 
     def begin(self, label: str, total: int) -> None:
@@ -84,9 +86,10 @@ class LineProgress(Progress):
             return
         work = self.stack[-1]
         work.done += amount
-        if work.done - work.printed >= max(1, work.total // LINES) or work.done == work.total:
-            work.printed = work.done
-            seconds = time.monotonic() - work.started
+        seconds = time.monotonic() - work.started
+        due = work.done - work.printed >= max(1, work.total // LINES) and seconds - work.seconds >= self.seconds
+        if due or work.done == work.total:
+            work.printed, work.seconds = work.done, seconds
             left = seconds / work.done * max(0, work.total - work.done) if work.done else 0.0
             times = f"{clock(seconds)} left {clock(left)}"
             parts = [work.label, count_text(work.done, work.total), times, figures_text(figures)]

@@ -8,7 +8,7 @@ Gradients (Taylor scores) still need the whole model: see `whole_model_gradients
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loram.checkpoint import Checkpoint
+from loram.device import native_bf16
 from loram.errors import MismatchError, PruningMapError
 from loram.families import Family
 from loram.modeling import load_model
@@ -65,40 +66,51 @@ def _batch(value: Any, part: slice, count: int) -> Any:
 
 @torch.no_grad()
 def observe_inputs(
-    checkpoint: Checkpoint, family: Family, windows: Tensor, observer: Observer, *, rows: int = 4
+    checkpoint: Checkpoint,
+    family: Family,
+    windows: Tensor,
+    layers: Collection[int],
+    observer: Observer,
+    *,
+    rows: int = 4,
 ) -> None:
-    """Second moments of the inputs of o and down, layer by layer, over `windows` (count, length) of token ids.
+    """Second moments of the inputs of o and down of `layers`, over `windows` (count, length) of token ids.
 
-    `rows` windows go through a layer at a time. Raises MismatchError where activations are not finite.
+    `rows` windows go through a layer at a time; layers behind the last one wanted are not run. Raises
+    MismatchError where activations are not finite.
     """
     config: Any = AutoConfig.from_pretrained(str(checkpoint.folder))
-    dtype = checkpoint.entry(f"{family.embedding.name}.weight").dtype
+    # Emulated bf16 is several times slower than fp32; the second moments are summed in fp32 either way.
+    stored = checkpoint.entry(f"{family.embedding.name}.weight").dtype
+    dtype = stored if native_bf16() and stored == torch.bfloat16 else torch.float32
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.train(False)
     decoder: Any = model.get_decoder()
-    load_module(checkpoint, decoder.embed_tokens, family.embedding.name)
-    load_module(checkpoint, decoder.norm, family.norm.name)
+    load_module(checkpoint, decoder.embed_tokens, family.embedding.name, dtype)
+    load_module(checkpoint, decoder.norm, family.norm.name, dtype)
+    decoder.layers = decoder.layers[: max(layers, default=-1) + 1]
     for number in range(len(decoder.layers)):
         moments: dict[str, Tensor] = {}
         layer = decoder.layers[number]
-        for weight in family.outputs:
+        for weight in family.outputs if number in layers else ():
             layer.get_submodule(weight.name).register_forward_pre_hook(accumulator(weight.name, moments))
 
         def load(layer: nn.Module, name: str = f"{family.prefix}{number}") -> None:
-            load_module(checkpoint, layer, name)
+            load_module(checkpoint, layer, name, dtype)
 
         def done(number: int = number, moments: dict[str, Tensor] = moments) -> None:
-            check_moments(number, moments)
-            observer(number, moments)
-            moments.clear()
+            if moments:
+                check_moments(number, moments)
+                observer(number, moments)
+                moments.clear()
 
         decoder.layers[number] = BlockwiseLayer(layer, load, rows, done)
     decoder(input_ids=windows, use_cache=False)
 
 
 def accumulator(name: str, moments: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A forward hook that adds x·xᵀ of a Linear's input to `moments[name]`, fp32."""
+    """A forward pre-hook that adds x·xᵀ of a Linear's input to `moments[name]`, fp32."""
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
@@ -117,9 +129,9 @@ def check_moments(layer: int, moments: dict[str, Tensor]) -> None:
             raise MismatchError(f"layer {layer}: the input of {name} is NaN or Inf; the model's weights are damaged")
 
 
-def load_module(checkpoint: Checkpoint, module: nn.Module, name: str) -> None:
-    """Fill a module that has no weights yet with the checkpoint's."""
-    state = {key: checkpoint.read(f"{name}.{key}") for key in module.state_dict()}
+def load_module(checkpoint: Checkpoint, module: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Fill a module that has no weights yet with the checkpoint's, in `dtype`."""
+    state = {key: checkpoint.read(f"{name}.{key}").to(dtype) for key in module.state_dict()}
     module.load_state_dict(state, assign=True)
 
 

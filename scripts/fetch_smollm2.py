@@ -46,9 +46,8 @@ def convert(gguf: Path, target: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
 
     # The loaded object remembers that it was GGUF and refuses to be saved: its tensors go into a fresh one.
-    kept = {
-        k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path", "dtype")
-    }
+    dropped = ("quantization_config", "dtype")
+    kept = {k: v for k, v in loaded.config.to_dict().items() if k not in dropped and not k.startswith("_")}
     config = LlamaConfig(**kept, dtype="bfloat16")
     config._name_or_path = HUB_ID
     model = LlamaForCausalLM(config)

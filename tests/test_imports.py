@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
     {"families", "options", "errors", "progress", "results", "version", "memory"},
     {"pruning_map", "checkpoint", "shards", "artifact", "recipe"},
-    {"modeling", "sizes", "adapter", "hub.download", "portability"},
+    {"modeling", "sizes", "adapter", "device", "hub.download", "portability"},
     {"data", "pruning", "blockwise", "cutting", "merging"},
     {"training"},
     {"report", "hub", "evaluation", "federated", "verification"},

@@ -17,13 +17,13 @@ from peft import PeftModel
 
 from loram.adapter import check_finite, check_modules, load_adapter
 from loram.data.encoding import EncodedRow
+from loram.device import place
 from loram.errors import MismatchError, ResourceError
 from loram.evaluation.generation import Question, exact_match
 from loram.evaluation.losses import RowLosses, measure
 from loram.evaluation.tasks import run_tasks
 from loram.modeling import load_model
 from loram.progress import Progress
-from loram.training.device import place
 from loram.training.lora import without_peft_noise
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from loram.checkpoint import read_config
 from loram.data.encoding import encode, within_context
 from loram.data.formats import Source, read_sources
+from loram.device import resolve_dtype
 from loram.errors import InputError, KindError, OptionError
 from loram.evaluation.generation import questions
 from loram.evaluation.ladder import BASE, CEILING, ORDER, RECOVERED, SMALL, SMALL_ADAPTER, Ladder, Rung
@@ -21,7 +22,6 @@ from loram.options import EvalOptions
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
 from loram.stages.pairing import check_pair, model_manifest, parent_folder
-from loram.training.device import resolve_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -77,6 +77,12 @@ class Pruning:
     axes: dict[str, Axis] = field(default_factory=dict)
 
     @property
+    def cut_layers(self) -> list[int]:
+        """The layers that are not left whole."""
+        pairs = zip(self.widths.kv_heads, self.widths.mlp, strict=True)
+        return [n for n, (heads, mlp) in enumerate(pairs) if heads < self.geometry.kv_heads or mlp < self.geometry.mlp]
+
+    @property
     def refits(self) -> bool:
         """Whether o and down are refitted: whenever there is calibration text and --refit."""
         return self.options.refit and self.windows is not None
@@ -175,21 +181,10 @@ def write(work: Pruning, draft: Draft, base: Base, progress: Progress) -> None:
 
 def choose(work: Pruning, spill: Path, progress: Progress) -> None:
     """Fill `work.axes` layer by layer, and the refitted weights of each layer into `spill`."""
-    options, layers = work.options, work.geometry.layers
-    generator = torch.Generator().manual_seed(options.seed)
-    score = SCORES[options.score]
-    scores: dict[int, Any] = {}
-    progress.begin("score", layers)
-    if options.method == "random":
-        scores = dict.fromkeys(range(layers), generator)
-    elif score.needs == "weights":
-        for layer in range(layers):
-            scores[layer] = layer_scores(work, layer)
-    elif score.needs == "gradients":
-        assert work.windows is not None
-        logger.info("taylor needs gradients: the whole model is in memory while they are computed")
-        with whole_model_gradients(work.checkpoint, work.family, work.windows) as gradients:
-            scores = {layer: layer_scores(work, layer, gradients=gradients) for layer in range(layers)}
+    layers = work.cut_layers
+    score = SCORES[work.options.score]
+    scores = scores_beforehand(work, layers)
+    progress.begin("score", len(layers))
 
     def decide(layer: int, moments: dict[str, Tensor]) -> None:
         chosen = scores[layer] if layer in scores else layer_scores(work, layer, moments=moments)
@@ -198,12 +193,27 @@ def choose(work: Pruning, spill: Path, progress: Progress) -> None:
             refit_layer(work, layer, moments, spill)
         progress.advance()
 
-    if work.windows is None or (score.needs != "inputs" and not work.refits):
-        for layer in range(layers):
-            decide(layer, {})
+    if work.windows is not None and (work.refits or (not scores and score.needs == "inputs")):
+        observe_inputs(work.checkpoint, work.family, work.windows, layers, decide)
     else:
-        observe_inputs(work.checkpoint, work.family, work.windows, decide)
+        for layer in layers:
+            decide(layer, {})
     progress.end()
+
+
+def scores_beforehand(work: Pruning, layers: list[int]) -> dict[int, Any]:
+    """Per layer the scores (or the random generator) that need no pass over its inputs."""
+    score = SCORES[work.options.score]
+    if work.options.method == "random":
+        return dict.fromkeys(layers, torch.Generator().manual_seed(work.options.seed))
+    if score.needs == "weights":
+        return {layer: layer_scores(work, layer) for layer in layers}
+    if score.needs == "inputs":
+        return {}
+    assert work.windows is not None
+    logger.info("%s needs gradients: the whole model is in memory while they are computed", score.name)
+    with whole_model_gradients(work.checkpoint, work.family, work.windows) as gradients:
+        return {layer: layer_scores(work, layer, gradients=gradients) for layer in layers}
 
 
 def layer_scores(

@@ -12,6 +12,7 @@ from loram.artifact import Draft, Manifest, check_output, drafting, read_manifes
 from loram.checkpoint import describe_base, read_config
 from loram.data.encoding import DataSummary, EncodedRow, encode, within_context
 from loram.data.formats import read_sources
+from loram.device import resolve_dtype
 from loram.errors import InputError, KindError
 from loram.hub.download import resolve_model
 from loram.memory import format_bytes
@@ -21,7 +22,6 @@ from loram.progress import SILENT, Progress
 from loram.pruning_map import FILE as MAP_FILE
 from loram.results import StageResult
 from loram.stages.lineage import copy_files, moved, parent_of
-from loram.training.device import resolve_dtype
 from loram.training.loop import TrainingRun, fit
 from loram.training.lora import save_adapter, wrap
 

@@ -17,10 +17,10 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from loram.data.collate import IGNORED, collate
 from loram.data.encoding import EncodedRow
+from loram.device import peak_bytes, reset_peak, resolve_dtype
 from loram.errors import OptionError, ResourceError
 from loram.options import TrainOptions
 from loram.progress import SILENT, Progress
-from loram.training.device import peak_bytes, reset_peak, resolve_dtype
 from loram.training.metrics import StepReport
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}

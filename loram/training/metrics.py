@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loram.device import peak_bytes
 from loram.errors import MismatchError
 from loram.progress import Progress
-from loram.training.device import peak_bytes
 
 METRICS = "metrics.jsonl"
 

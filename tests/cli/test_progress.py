@@ -12,7 +12,7 @@ from loram_cli.progress import LineProgress, LiveProgress, clock, count_text, fi
 
 def test_lines_are_few_and_end_with_the_last_step() -> None:
     written = io.StringIO()
-    progress = LineProgress(Console(file=written, width=200))
+    progress = LineProgress(Console(file=written, width=200), seconds=0)
     progress.begin("train", 1000)
     for step in range(1000):
         progress.advance(1, loss=1 / (step + 1), tokens_per_second=1234.5, memory=2.0 * 2**30)
@@ -23,6 +23,15 @@ def test_lines_are_few_and_end_with_the_last_step() -> None:
     assert "loss 0.001" in lines[-1]
     assert "1,234 tok/s" in lines[-1]
     assert "2.0 GiB" in lines[-1]
+
+
+def test_quick_work_is_one_line() -> None:
+    written = io.StringIO()
+    progress = LineProgress(Console(file=written, width=200))
+    progress.begin("cut", 100)
+    for _ in range(100):
+        progress.advance()
+    assert [line.split()[1] for line in written.getvalue().splitlines()] == ["100/100"]
 
 
 def test_work_inside_work_and_stray_calls() -> None:

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loram.data.encoding import EncodedRow
+from loram.device import resolve_dtype
 from loram.errors import MismatchError, OptionError
 from loram.options import TrainOptions
 from loram.progress import Progress
-from loram.training.device import resolve_dtype
 from loram.training.loop import TrainingRun, fit
 from loram.training.lora import wrap
 
