@@ -178,7 +178,8 @@ def check_make(path: Path, config: Any) -> None:
         )
     if config.get("modules_to_save"):
         raise AdapterError(
-            f"{path} carries whole modules ({config['modules_to_save']}); loram handles plain LoRA: train without modules_to_save"
+            f"{path} carries whole modules ({config['modules_to_save']}); loram handles plain LoRA: "
+            "train without modules_to_save"
         )
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         raise AdapterError(f"{path} carries trained biases; loram handles plain LoRA: train with bias='none'")
@@ -217,7 +218,8 @@ def make_pair(
     declared = pattern_value(config.get("rank_pattern") or {}, module, config["r"])
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] != declared:
         raise MismatchError(
-            f"{path}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}; expected A (r, in) and B (out, r) with r = {declared}"
+            f"{path}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}; "
+            f"expected A (r, in) and B (out, r) with r = {declared}"
         )
     alpha = float(pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"]))
     scale = alpha / math.sqrt(declared) if config.get("use_rslora") else alpha / declared

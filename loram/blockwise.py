@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -84,7 +84,7 @@ def observe_inputs(
     stored = checkpoint.entry(f"{family.embedding.name}.weight").dtype
     dtype = stored if native_bf16() and stored == torch.bfloat16 else torch.float32
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
     model.train(False)
     decoder: Any = model.get_decoder()
     load_module(checkpoint, decoder.embed_tokens, family.embedding.name, dtype)

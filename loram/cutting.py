@@ -32,7 +32,8 @@ def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
         entry = checkpoint.entry(name)
         if entry.shape != shape:
             raise CheckpointError(
-                f"{checkpoint.folder}: {name} is {entry.shape}, config.json says {shape}; the two do not belong together"
+                f"{checkpoint.folder}: {name} is {entry.shape}, config.json says {shape}; "
+                "the two do not belong together"
             )
         if entry.dtype not in FLOATS:
             raise CheckpointError(f"{checkpoint.folder}: {name} is stored as {entry.dtype}; give the 16-bit original")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import resource
 import shutil
@@ -61,7 +62,5 @@ def check_disk(folder: str | Path, needed: int) -> None:
 
 def restart_peak() -> None:
     """Make `peak_bytes` count from now on, where the kernel can (Linux)."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass

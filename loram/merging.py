@@ -47,7 +47,7 @@ def check_mergeable(checkpoint: Checkpoint, adapter: Adapter, tied: bool) -> Non
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(
-            f"{checkpoint.folder} is quantized ({method}); merging would round the update away: give the 16-bit original"
+            f"{checkpoint.folder} is quantized ({method}); merging would round the update away: give the 16-bit one"
         )
     for module, pair in adapter.pairs.items():
         entry = checkpoint.entries.get(f"{module}.weight")

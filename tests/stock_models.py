@@ -146,7 +146,7 @@ def row_mask(name: str, leaf: str, kept: tuple[list[int], list[int]]) -> list[bo
 def column_mask(name: str, leaf: str, kept: tuple[list[int], list[int]]) -> list[bool] | None:
     """Per column of a Linear's weight: does it stay?"""
     if leaf == "o_proj":
-        return row_mask(name, "q_proj", kept) if "q_proj" in leaves(name) else row_mask(name, "q_proj", kept)
+        return row_mask(name, "q_proj", kept)
     return row_mask(name, "up_proj", kept) if leaf == "down_proj" else None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from loram.errors import FamilyError
 
 AXES = ("kv_heads", "mlp")
+REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 CONFIG_AXES = {"kv_heads": "num_key_value_heads", "mlp": "intermediate_size"}
 
 
@@ -138,8 +139,8 @@ class Family:
 
     def geometry(self, config: Mapping[str, Any]) -> Geometry:
         """The sizes that a raw config.json gives; FamilyError where a key is missing or contradicts another."""
-        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-        for key in (*keys, *self.required):
+        optional = [key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None]
+        for key in (*REQUIRED, *self.required, *optional):
             value = config.get(key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 found = "is missing" if value is None else f"is {value!r}"

@@ -29,10 +29,7 @@ def layer_axes(
     axes: dict[str, Axis] = {}
     for unit in AXES:
         size, count = geometry.size(unit), getattr(widths, unit)[layer]
-        if isinstance(scores, torch.Generator):
-            kept = random_units(size, count, scores)
-        else:
-            kept = best(scores[unit], count)
+        kept = random_units(size, count, scores) if isinstance(scores, torch.Generator) else best(scores[unit], count)
         if count < size:
             name = axis_name(layer, unit)
             axes[name] = Axis(name, size, kept)

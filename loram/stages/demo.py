@@ -47,6 +47,6 @@ def find_model() -> Path | str:
         return resolve_model(MODEL)
     except HubError as error:
         raise InputError(
-            f"the demo's model {MODEL} is neither in {folder} nor to be had from the Hub; run `make model` in a checkout, "
+            f"the demo's model {MODEL} is neither in {folder} nor to be had from the Hub; run `make model`, "
             "go online, or give another model with --model FOLDER"
         ) from error

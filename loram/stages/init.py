@@ -74,7 +74,7 @@ def recipe_text(options: InitOptions, result: PlanResult) -> str:
     }
     peak = format_bytes(result.peaks["train"].total)
     head = [
-        f"# {options.model} on {options.memory or 'this machine'}; change what you like: every key is an option of its stage.",
+        f"# {options.model} on {options.memory or 'this machine'}; every key is an option of its stage.",
         f"# Training at ratio 0.5 would peak at about {peak}."
         + (f" Suggested: {result.choice.flags()}." if result.choice else ""),
         "# Calibrating half on the training data is what makes the adapter carry over to the large model.",

@@ -110,7 +110,7 @@ def find_large(adapter: str | Path, manifest: Manifest | None, given: str | None
 
 
 def check_base(expected: Base, folder: str | Path) -> str:
-    """The base's id and digest; MismatchError where the model in `folder` is not the one expected, by the fingerprint of its weights."""
+    """The base's id and digest; MismatchError where the weights in `folder` have another fingerprint."""
     found = describe_base(folder)
     if found.weights_fingerprint != expected.weights_fingerprint:
         raise MismatchError(

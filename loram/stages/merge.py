@@ -36,7 +36,8 @@ class MergeResult(StageResult):
 
     def summary(self) -> str:
         """One line."""
-        return f"merged {self.modules} modules, {format_bytes(self.bytes)} of weights; peak memory {format_bytes(self.peak_bytes)}"
+        size, peak = format_bytes(self.bytes), format_bytes(self.peak_bytes)
+        return f"merged {self.modules} modules, {size} of weights; peak memory {peak}"
 
 
 def merge(options: MergeOptions, progress: Progress = SILENT) -> MergeResult:

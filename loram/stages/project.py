@@ -98,6 +98,7 @@ def check_same_base(options: ProjectOptions, small: Manifest) -> None:
         )
     if manifest.base and manifest.base.weights_fingerprint != small.base.weights_fingerprint:
         raise MismatchError(
-            f"{options.adapter} was made for {manifest.base.id}, {options.small} was cut from {small.base.id}: other weights; "
+            f"{options.adapter} was made for {manifest.base.id}, {options.small} was cut from {small.base.id}: "
+            "other weights; "
             "prune the adapter's own base"
         )

@@ -106,19 +106,13 @@ def test_keeping_all_layers_is_refused(first: int, last: int) -> None:
     ("cut", "what"),
     [
         (Cut(Fraction(999, 1000), 0, 0), "leaves no MLP channel"),
+        (Cut(Fraction(985, 1000), 0, 0), "leaves no kv head"),
         (Cut(Fraction(1, 2), 0, 0, round_to=64), "leaves no MLP channel.*rounded to 64"),
     ],
 )
 def test_a_ratio_that_leaves_nothing_is_refused(cut: Cut, what: str) -> None:
     with pytest.raises(OptionError, match=what):
         cut.widths(2, 4, 16, 100)
-
-
-def test_a_head_always_stays() -> None:
-    """Below ratio 1 not all rows go, so not all heads do."""
-    for kv_heads in (1, 2, 8):
-        assert kept_heads(kv_heads, 64, Fraction(9999, 10000)) >= 0
-    assert kept_heads(1, 64, Fraction(1, 2)) == 1
 
 
 def test_what_could_not_be_cut_is_said() -> None:
