@@ -2,68 +2,43 @@
 
 One frozen dataclass per stage. The command line, the recipes and the Python functions are all made
 from these, so none of them can disagree. No torch and no typer here: `loram --help` reads this file.
-
-Field types are limited to `str`, `int`, `float`, `bool`, their `| None`, and `tuple[str, ...]`.
-`metadata` keys: `help`; `argument` (positional); `choices`; `short` (a one-letter flag); `flags` (hidden long
-aliases); `assignments` (no flag of its own: the command line's `--set` fills it).
+What a field may be is said in `option_fields`; the many options of `train` have a file of their own.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import os
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from typing import Any, TypeVar, get_type_hints
+from dataclasses import dataclass
 
-from loram.errors import OptionError
 from loram.families.widths import parse_ratio
+from loram.option_fields import (
+    DTYPES,
+    StageOptions,
+    WritingOptions,
+    argument,
+    assignments,
+    did_you_mean,
+    flag,
+    from_mapping,
+    option,
+    require,
+)
+from loram.train_options import TrainOptions
 
-Options = TypeVar("Options", bound="StageOptions")
+__all__ = [
+    "DTYPES",
+    "SECTIONS",
+    "StageOptions",
+    "TrainOptions",
+    "WritingOptions",
+    "did_you_mean",
+    "flag",
+    "from_mapping",
+    "require",
+]
 
 METHODS = ("structured", "random")
 SCORES = ("wanda", "magnitude", "taylor")
 QUANTIZATIONS = ("none", "nf4", "int8")
-DTYPES = ("bf16", "fp16", "fp32")
-
-
-def option(default: Any, text: str, **metadata: Any) -> Any:
-    """A dataclass field that carries its own help."""
-    return field(default=default, metadata={"help": text, **metadata})
-
-
-def argument(text: str, **metadata: Any) -> Any:
-    """A positional field without a default."""
-    return field(metadata={"help": text, "argument": True, **metadata})
-
-
-def assignments() -> Any:
-    """The field that `--set` fills where a stage reads a whole recipe."""
-    return option((), "Changes to the recipe, each section.key=value.", assignments=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageOptions:
-    """What every stage takes."""
-
-    seed: int = option(0, "Seed of everything random: same seed, same machine, same result.")
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-
-    def to_json(self) -> dict[str, Any]:
-        """The options as a JSON object, for manifests and digests."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self).items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class WritingOptions(StageOptions):
-    """What every stage that writes a folder takes."""
-
-    out: str = option("", "Folder to write; must not exist.", short="-o", flags=("--output-dir",))
-    force: bool = option(False, "Replace OUT if it exists (it is moved aside until the new one is complete).")
-    dry_run: bool = option(False, "Check everything, say what would be written, write nothing.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,57 +91,6 @@ class PruneOptions(CutOptions, WritingOptions):
     columns: str | None = option(None, "Map data columns, e.g. prompt=question,completion=answer.")
     base_id: str | None = option(None, "Hub id of the large model, where its folder does not tell.")
     revision: str | None = option(None, "Commit of the large model on the Hub.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions(WritingOptions):
-    """Train LoRA on a small model (or on any plain one)."""
-
-    model: str = argument("Small model (or a plain model folder or Hub id).")
-    data: tuple[str, ...] = option((), "Training data: file or folder; may be repeated.", flags=("--dataset-name",))
-    columns: str | None = option(None, "Map data columns, e.g. prompt=question,completion=answer.")
-    steps: int | None = option(None, "Optimizer steps (instead of --epochs).", flags=("--max-steps",))
-    epochs: float = option(1.0, "Passes over the data.", flags=("--num-train-epochs",))
-    rank: int = option(8, "LoRA rank.", flags=("--lora-r",))
-    alpha: float = option(16.0, "LoRA alpha; the update is scaled by alpha / rank.", flags=("--lora-alpha",))
-    dropout: float = option(0.05, "LoRA dropout.", flags=("--lora-dropout",))
-    targets: tuple[str, ...] = option(
-        ("all-linear",),
-        "Modules to adapt, comma separated: all-linear (without lm_head) or names.",
-        flags=("--lora-target-modules",),
-    )
-    rslora: bool = option(False, "Scale by alpha / sqrt(rank) (rsLoRA, 2312.03732).", flags=("--use-rslora",))
-    lr: float = option(2e-4, "Peak learning rate.", flags=("--learning-rate",))
-    warmup: float = option(0.03, "Warm-up: share of the steps if below 1, else steps.", flags=("--warmup-ratio",))
-    schedule: str = option(
-        "cosine",
-        "Learning rate after warm-up.",
-        choices=("cosine", "linear", "constant"),
-        flags=("--lr-scheduler-type",),
-    )
-    weight_decay: float = option(0.0, "AdamW weight decay.")
-    clip: float = option(1.0, "Clip the gradient norm to this.", flags=("--max-grad-norm",))
-    optimizer: str = option("adamw_torch", "Optimizer, by its transformers name.", flags=("--optim",))
-    batch: int = option(8, "Rows in a forward pass.", flags=("--per-device-train-batch-size",))
-    accumulate: int = option(1, "Forward passes per optimizer step.", flags=("--gradient-accumulation-steps",))
-    max_length: int = option(512, "Tokens in a row; longer rows are cut.", flags=("--max-seq-length",))
-    dtype: str = option("auto", "Dtype to load and compute in; auto is bf16 where it pays.", choices=("auto", *DTYPES))
-    checkpointing: bool = option(False, "Recompute activations to save memory.", flags=("--gradient-checkpointing",))
-    log_every: int = option(10, "Log every N steps.", flags=("--logging-steps",))
-    backend: str = option("local", "Where training runs.", choices=("local",))
-    task: str = option("causal-lm", "What is trained.", choices=("causal-lm",))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("rank", "batch", "accumulate", "log_every"):
-            require(getattr(self, name) >= 1, f"--{flag(name)} is {getattr(self, name)}; it must be 1 or more")
-        require(self.steps is None or self.steps >= 1, f"--steps is {self.steps}; it must be 1 or more")
-        require(0 < self.epochs < math.inf, f"--epochs is {self.epochs}; it must be more than 0 and finite")
-        require(self.max_length >= 2, f"--max-length is {self.max_length}; it must be 2 or more")
-        require(0 <= self.dropout < 1, f"--dropout is {self.dropout}; it must be in [0, 1)")
-        require(self.lr > 0 and math.isfinite(self.lr), f"--lr is {self.lr}; it must be a positive number")
-        require(self.alpha > 0 and math.isfinite(self.alpha), f"--alpha is {self.alpha}; it must be positive")
-        require(self.warmup >= 0, f"--warmup is {self.warmup}; it must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,88 +204,3 @@ SECTIONS: dict[str, type[StageOptions]] = {
     "demo": DemoOptions,
     "init": InitOptions,
 }
-
-
-def flag(name: str) -> str:
-    """A field's name as it is typed on the command line."""
-    return name.replace("_", "-")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise OptionError with `message` unless the condition holds."""
-    if not condition:
-        raise OptionError(message)
-
-
-def check_choices(options: StageOptions) -> None:
-    """Refuse a value outside a field's choices, naming the nearest one."""
-    for item in fields(options):
-        choices = item.metadata.get("choices")
-        value = getattr(options, item.name)
-        if choices and value not in choices:
-            raise OptionError(
-                f"--{flag(item.name)} is {value!r}; expected one of {', '.join(choices)}" + did_you_mean(value, choices)
-            )
-
-
-def did_you_mean(word: str, known: Any) -> str:
-    """'; did you mean X?' for the nearest known word, or nothing."""
-    close = get_close_matches(str(word), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def from_mapping(kind: type[Options], values: dict[str, Any], where: str) -> Options:
-    """Options from a recipe section or keyword arguments.
-
-    Hyphens and underscores are the same. An unknown key or a value of the wrong type raises
-    OptionError that names `where` and the nearest known key.
-    """
-    known = {item.name: item for item in fields(kind)}
-    hints = get_type_hints(kind)
-    clean: dict[str, Any] = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise OptionError(f"{where} has no option {key!r}" + did_you_mean(name, known))
-        clean[name] = convert(value, hints[name], f"{where}: {name}")
-    missing = [n for n, item in known.items() if n not in clean and item.default is dataclasses.MISSING]
-    if missing:
-        raise OptionError(f"{where} needs {', '.join(missing)}")
-    return kind(**clean)
-
-
-def convert(value: Any, hint: Any, where: str) -> Any:
-    """One value as YAML or Python gives it, turned into the field's type, or refused."""
-    text = str(hint).replace("<class '", "").replace("'>", "")
-    if value is None and "None" in text:
-        return None
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-        value = [value] if text.startswith("tuple") else value
-    if text.startswith("tuple"):
-        parts = value.split(",") if isinstance(value, str) else value
-        if isinstance(parts, (list, tuple)):
-            return tuple(str(part).strip() for part in parts if str(part).strip())
-    elif text.startswith("bool"):
-        if isinstance(value, bool):
-            return value
-    elif text.startswith("int"):
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif text.startswith("float"):
-        number = as_float(value)
-        if number is not None:
-            return number
-    elif text.startswith("str") and not isinstance(value, (bool, list, dict)) and value is not None:
-        return repr(value) if isinstance(value, float) else str(value)
-    raise OptionError(f"{where} is {value!r}; expected {text.replace(' | None', '')}")
-
-
-def as_float(value: Any) -> float | None:
-    """A number, also written as YAML 1.1 reads no number ('1e-5')."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None

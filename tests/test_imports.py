@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # From what everything stands on to what stands on everything; a module may import from lower layers, and from
 # others of its own layer only within its own package or where SIBLINGS names it.
 LAYERS: list[set[str]] = [
-    {"families", "options", "errors", "progress", "results", "version", "memory"},
+    {"families", "options", "option_fields", "train_options", "errors", "progress", "results", "version", "memory"},
     {"pruning_map", "checkpoint", "shards", "artifact", "recipe"},
     {"modeling", "sizes", "adapter", "device", "hub.download", "portability"},
     {"data", "pruning", "blockwise", "cutting", "merging"},
@@ -25,7 +25,9 @@ LAYERS: list[set[str]] = [
     {"stages"},
 ]
 SIBLINGS = {
-    "options": {"errors", "families"},
+    "options": {"errors", "families", "option_fields", "train_options"},
+    "option_fields": {"errors"},
+    "train_options": {"option_fields"},
     "families": {"errors"},
     "memory": {"errors"},
     "checkpoint": {"artifact"},
@@ -33,7 +35,10 @@ SIBLINGS = {
     "pruning_map": {"checkpoint", "shards"},
     "portability": {"adapter"},
 }
-NO_TORCH = {"errors", "families", "options", "progress", "results", "version", "artifact", "recipe", "portability"}
+NO_TORCH = {
+    *("errors", "families", "options", "option_fields", "train_options", "progress", "results", "version"),
+    *("artifact", "recipe", "portability"),
+}
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "lm_eval", "flwr", "matplotlib"}
 
 SOURCES = sorted([*(ROOT / "loram").rglob("*.py"), *(ROOT / "cli").rglob("*.py")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 
 from loram.errors import OptionError
 from loram.families.widths import parse_ratio
+from loram.option_fields import command_line
 from loram.options import (
     SECTIONS,
     PruneOptions,
+    RunOptions,
     StageOptions,
     TrainOptions,
     did_you_mean,
@@ -151,3 +154,14 @@ def test_ratios_are_exact(ratio: Any) -> None:
 def test_did_you_mean_is_silent_about_strangers() -> None:
     assert did_you_mean("ratoi", ["ratio", "rank"]) == "; did you mean ratio?"
     assert did_you_mean("zzz", ["ratio", "rank"]) == ""
+
+
+def test_command_line_says_what_differs_from_the_defaults() -> None:
+    options = TrainOptions(model="my small", data=("a.jsonl", "b.jsonl"), out="o", lr=1e-3, checkpointing=True)
+    line = command_line("train", options)
+    assert line == "loram train 'my small' -o o --data a.jsonl --data b.jsonl --lr 0.001 --checkpointing"
+    assert "--no-refit" in command_line("prune", PruneOptions(model="m", refit=False))
+    assert shlex.split(command_line("run", RunOptions(recipe="r", overrides=("train.steps=3",))))[-2:] == [
+        "--set",
+        "train.steps=3",
+    ]
