@@ -17,11 +17,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from loram.errors import InputError, Interrupted, KindError, LoramError, OptionError, OutputError, ResourceError
+from loram.errors import (
+    InputError,
+    Interrupted,
+    KindError,
+    LoramError,
+    MismatchError,
+    OptionError,
+    OutputError,
+    ResourceError,
+)
 from loram.version import __version__
 
 SCHEMA = 1
 MANIFEST = "loram.json"
+SEAL = "checksums.json"  # written last into a checkpoint; one without it is not whole
 UNHASHED = (MANIFEST, "loram.log", "metrics.jsonl")  # the last two hold times: they say when, not what
 KINDS = ("small-model", "small-adapter", "adapter", "merged-model", "run")
 FIRST_STAGE = {
@@ -65,6 +75,7 @@ class Manifest:
     base: Base | None = None
     pruning_map_sha256: str | None = None
     parents: tuple[Parent, ...] = ()
+    training: dict[str, Any] | None = None
     files: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
@@ -79,6 +90,8 @@ class Manifest:
         """sha256 of everything that says what the artifact is; locations and versions stay outside."""
         body = self.to_json()
         body.pop("environment")
+        if body["training"] is None:
+            body.pop("training")
         body.pop("loram")
         for place in [body["base"] or {}, *body["parents"]]:
             place.pop("location", None)
@@ -134,7 +147,8 @@ def drafting(
     """A draft that becomes OUT when the block ends well.
 
     `keep_partial` leaves what an earlier, interrupted call wrote in OUT.partial (a stage that resumes).
-    After an interruption the partial folder stays; after an error it is removed.
+    After an interruption the partial folder stays; after an error it is removed, unless `keep_partial` and it holds
+    checkpoints to go on from: a full disk or memory must not cost them. Numbers that went wrong do.
     """
     target = check_output(out, inputs, force=force)
     partial = target.with_name(target.name + ".partial")
@@ -151,11 +165,11 @@ def drafting(
         publish(partial, target)
     except (KeyboardInterrupt, SystemExit, Interrupted):
         raise
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise output_error(error, target) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        if isinstance(error, MismatchError) or not (keep_partial and any(partial.glob(f"*/*/{SEAL}"))):
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise output_error(error, target) from error
         raise
 
 

@@ -97,6 +97,10 @@ class MismatchError(LoramError):
 
 
 class Interrupted(LoramError):
-    """A signal stopped the work at a point from which it can be resumed."""
+    """A signal stopped the work at a point from which it can be resumed: `what` happened, `command` goes on."""
 
     exit_code = 75
+
+    def __init__(self, what: str, command: str = "") -> None:
+        super().__init__(f"{what}; go on with `{command}`" if command else what)
+        self.what = what

@@ -11,9 +11,10 @@ from typing import Any
 
 from loram.artifact import MANIFEST, Base, Manifest, check_output, environment, read_json, read_manifest, write_json
 from loram.checkpoint import describe_base
-from loram.errors import MismatchError, OutputError
+from loram.errors import Interrupted, MismatchError, OutputError
 from loram.hub.download import resolve_model
 from loram.memory import format_bytes, peak_bytes, restart_peak
+from loram.option_fields import command_line
 from loram.options import RunOptions
 from loram.progress import SILENT, Progress
 from loram.recipe import Recipe, load_recipe
@@ -66,7 +67,12 @@ def run(options: RunOptions, progress: Progress = SILENT) -> RunResult:
     record = Record(folder)
     ladder: Any = None
     for step in steps:
-        result = do(step, record, progress)
+        try:
+            result = do(step, record, progress)
+        except Interrupted as stopped:
+            # Nothing after a half-done stage is run; the line to type is the run's, not the stage's.
+            again = command_line("run", replace(options, force=False))
+            raise Interrupted(f"{step.name} {stopped.what}", again) from None
         if getattr(result, "ladder", None) is not None:
             ladder = getattr(result, "ladder")  # noqa: B009 (only an evaluation has one)
             write_json(folder / LADDER, ladder.to_json())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loram.artifact import Draft, Manifest, check_output, drafting, read_manifest, relative_location
+from loram.artifact import Draft, Manifest, check_output, read_manifest, relative_location
 from loram.checkpoint import describe_base, read_config
 from loram.data.encoding import DataSummary, EncodedRow, encode, within_context
 from loram.data.formats import read_sources
@@ -22,8 +22,12 @@ from loram.progress import SILENT, Progress
 from loram.pruning_map import FILE as MAP_FILE
 from loram.results import StageResult
 from loram.stages.lineage import copy_files, moved, parent_of
-from loram.training.loop import TrainingRun, fit
+from loram.stages.resuming import earlier_result, identity_of, is_same_run, open_session, writing
+from loram.training.checkpoints import RUNNING, discard, set_aside
+from loram.training.loop import Session, TrainingRun, finished_run, fit
 from loram.training.lora import save_adapter, wrap
+from loram.training.processes import connect, is_writer
+from loram.training.signals import stop_on_signals
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +65,9 @@ class TrainResult(StageResult):
 
 def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
     """Train LoRA on `options.data` and write a PEFT folder: a small-adapter, or an adapter of a plain model."""
-    out = check_output(options.out, (options.model, *options.data), force=options.force)
+    inputs = (options.model, *options.data)
+    earlier = earlier_result(options)
+    out = check_output(options.out, inputs, force=options.force or earlier is not None)
     folder, small = trainable(options.model)
     sources = read_sources(options.data, options.columns)
     tokenizer = load_tokenizer(folder)
@@ -69,14 +75,26 @@ def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
     logger.info("%s", summary)
     if options.dry_run:
         return TrainResult(data=summary)
-    with drafting(out, force=options.force, inputs=(options.model, *options.data)) as draft:
-        draft.manifest = manifest_of(options, folder, small, out)
-        named = draft.manifest.base.id if draft.manifest.base and small is None else relative_location(folder, out)
-        run = train_into(draft, folder, rows, options, named, progress)
-        copy_files(folder, draft.path)
-        if small is not None:
-            shutil.copyfile(folder / MAP_FILE, draft.path / MAP_FILE)
+    now = identity_of(options, rows, folder)
     command = f"loram verify {out}" if small is None else f"loram recover {out} -o {out}-large"
+    if earlier is not None and is_same_run(earlier, now):
+        run = finished_run(out)
+        logger.info("%s is finished already, at step %d; to train it anew add --force", out, run.steps)
+        return TrainResult(path=out, next_command=command, data=summary, run=run)
+    check_output(out, inputs, force=options.force)
+    connect()
+    with stop_on_signals() as stop:
+        session = open_session(options, out, now, stop)
+        with writing(options, out) as draft:
+            draft.manifest = replace(manifest_of(options, folder, small, out), training=now)
+            run = train_into(draft, folder, rows, options, session, progress)
+            if is_writer():
+                copy_files(folder, draft.path)
+                if small is not None:
+                    shutil.copyfile(folder / MAP_FILE, draft.path / MAP_FILE)
+                set_aside(draft.path, out)
+    if is_writer():
+        discard(out)
     return TrainResult(path=out, next_command=command, data=summary, run=run)
 
 
@@ -96,31 +114,35 @@ def trainable(model: str) -> tuple[Path, Manifest | None]:
 
 
 def train_into(
-    draft: Draft, folder: Path, rows: list[EncodedRow], options: TrainOptions, named: str, progress: Progress
+    draft: Draft, folder: Path, rows: list[EncodedRow], options: TrainOptions, session: Session, progress: Progress
 ) -> TrainingRun:
-    """Load, wrap, train, save; `named` is what adapter_config.json calls the base."""
+    """Load, wrap, train, save."""
     dtype = resolve_dtype(options.dtype)
     model = wrap(load_model(folder, dtype=dtype), options)
     trained, total = model.get_nb_trainable_parameters()
     logger.info(
         "%s: LoRA trains %s of %s parameters (%.2f%%)", dtype, f"{trained:,}", f"{total:,}", 100 * trained / total
     )
-    run = fit(model, rows, options, draft.path, progress)
-    save_adapter(model, draft.path, named)
+    run = fit(model, rows, options, draft.path, progress, session)
+    if is_writer():
+        assert draft.manifest is not None
+        base = draft.manifest.base if draft.manifest.kind == "adapter" else None
+        save_adapter(model, draft.path, base.id if base else relative_location(folder, draft.out))
     return run
 
 
 def manifest_of(options: TrainOptions, folder: Path, small: Manifest | None, out: Path) -> Manifest:
     """What the adapter was made from."""
+    body = {key: value for key, value in options.to_json().items() if key not in RUNNING}
     if small is None:
         base = describe_base(folder, None if Path(options.model).exists() else options.model, seen_from=out)
-        return Manifest("adapter", "train", options.to_json(), base=base)
+        return Manifest("adapter", "train", body, base=base)
     if small.base is None or small.pruning_map_sha256 is None:
         raise InputError(f"{folder}/loram.json does not name the large model and the map; run `loram prune` again")
     return Manifest(
         "small-adapter",
         "train",
-        options.to_json(),
+        body,
         family=small.family,
         compression=small.compression,
         base=moved(small.base, folder, out),

@@ -2,26 +2,32 @@
 
 The loss is the mean over the tokens that carry loss, over all forward passes of an optimizer step.
 Arguments and Trainer are made and used in one go: a second TrainingArguments made before the first
-Trainer has run would pull accelerate's state from under it. Checkpoints and resuming belong in `fit`.
+Trainer has run would pull accelerate's state from under it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
+from loram.artifact import read_json
 from loram.data.collate import IGNORED, collate
 from loram.data.encoding import EncodedRow
 from loram.device import peak_bytes, reset_peak, resolve_dtype
-from loram.errors import OptionError, ResourceError
+from loram.errors import Interrupted, OptionError, ResourceError
+from loram.option_fields import command_line
 from loram.options import TrainOptions
 from loram.progress import SILENT, Progress
-from loram.training.metrics import StepReport
+from loram.training.checkpoints import FOLDER, Checkpoint
+from loram.training.metrics import METRICS, StepReport, read_metrics
+from loram.training.processes import is_writer
+from loram.training.signals import StopRequest
+from loram.training.trainer import CheckpointingTrainer, SaveAndStop, load_weights
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -39,37 +45,106 @@ class TrainingRun:
     peak_bytes: int
 
 
+@dataclass(frozen=True)
+class Session:
+    """What makes a run one that can be stopped and continued: where it starts, whose it is, who may stop it."""
+
+    start: Checkpoint | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+    stop: StopRequest = field(default_factory=StopRequest)
+
+
 def fit(
-    model: nn.Module, rows: list[EncodedRow], options: TrainOptions, folder: Path, progress: Progress = SILENT
+    model: nn.Module,
+    rows: list[EncodedRow],
+    options: TrainOptions,
+    folder: Path,
+    progress: Progress = SILENT,
+    session: Session | None = None,
 ) -> TrainingRun:
-    """Train the model's trainable weights on the rows; `folder` receives `metrics.jsonl`."""
+    """Train the model's trainable weights on the rows; `folder` receives `metrics.jsonl` and, meanwhile, checkpoints.
+
+    Interrupted where a signal stopped it; the last step is saved then.
+    """
+    session = session or Session()
     reset_peak()
-    report = StepReport(folder, progress, options.log_every)
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(options, folder),
-        train_dataset=rows,
-        data_collator=collate,
-        compute_loss_func=mean_token_loss,
-        callbacks=[report],
-    )
-    trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train()
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"out of GPU memory at step {len(report.losses) + 1} with --batch {options.batch} and --max-length "
-            f"{options.max_length}; lower --batch (and raise --accumulate), or add --checkpointing"
-        ) from error
+    report = StepReport(folder, progress, options.log_every if is_writer() else 10**9)
+    again = command_line("train", replace(options, resume="auto"))
+    if session.stop and session.start is None:
+        raise Interrupted(f"stopped by {session.stop.name} before the first step", again)
+    begin_metrics(report, folder, session.start)
+    if session.start is not None and session.start.step >= planned_steps(session.start):
+        load_weights(model, session.start.folder)
+    else:
+        train(model, rows, options, folder, (report, session))
+    if session.stop:
+        raise Interrupted(
+            f"stopped by {session.stop.name} at step {len(report.losses)}, which is saved",
+            command_line("train", options),
+        )
+    return summed_up(report)
+
+
+def summed_up(report: StepReport) -> TrainingRun:
+    """The figures of all steps, those before a continuation included."""
     return TrainingRun(
         steps=len(report.losses),
         loss_first=report.losses[0],
         loss_last=report.losses[-1],
         tokens=report.tokens,
         seconds=report.seconds,
-        tokens_per_second=report.tokens / report.seconds,
+        tokens_per_second=report.tokens / report.seconds if report.seconds else 0.0,
         peak_bytes=peak_bytes(),
     )
+
+
+def finished_run(folder: Path) -> TrainingRun:
+    """The figures of a training that an earlier call finished."""
+    report = StepReport(folder, SILENT, 1)
+    report.restore(read_metrics(folder))
+    return summed_up(report)
+
+
+def train(
+    model: nn.Module, rows: list[EncodedRow], options: TrainOptions, folder: Path, parts: tuple[StepReport, Session]
+) -> None:
+    """All steps that are left."""
+    report, session = parts
+    saver = SaveAndStop(options.save_every, session.stop)
+    trainer = CheckpointingTrainer(
+        model=model,
+        args=training_arguments(options, folder),
+        train_dataset=rows,
+        data_collator=collate,
+        compute_loss_func=mean_token_loss,
+        callbacks=[report, saver],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.metrics, trainer.identity, trainer.keep = folder / METRICS, session.identity, options.keep_checkpoints
+    try:
+        trainer.train(resume_from_checkpoint=str(session.start.folder) if session.start else None)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"out of GPU memory at step {len(report.losses) + 1} with --batch {options.batch} and --max-length "
+            f"{options.max_length}; lower --batch (and raise --accumulate), or add --checkpointing"
+        ) from error
+
+
+def begin_metrics(report: StepReport, folder: Path, start: Checkpoint | None) -> None:
+    """The lines up to the checkpoint, and no others."""
+    lines = read_metrics(start.folder) if start else []
+    report.restore(lines)
+    if not is_writer():
+        return
+    if start is not None:
+        (folder / METRICS).write_bytes((start.folder / METRICS).read_bytes())
+    elif (folder / METRICS).is_file():
+        (folder / METRICS).unlink()
+
+
+def planned_steps(start: Checkpoint) -> int:
+    """How many steps the run of this checkpoint has."""
+    return int(read_json(start.folder / "trainer_state.json")["max_steps"])
 
 
 def mean_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
@@ -88,7 +163,7 @@ def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments
     dtype = resolve_dtype(options.dtype)
     try:
         arguments = TrainingArguments(
-            output_dir=str(folder),
+            output_dir=str(folder / FOLDER),
             max_steps=options.steps or -1,
             num_train_epochs=options.epochs,
             per_device_train_batch_size=options.batch,

@@ -1,6 +1,7 @@
 """What training reports: `metrics.jsonl`, a line per optimizer step, and the live figures.
 
-The file is only ever appended to and flushed line by line, so that a killed run keeps what it wrote.
+The file is appended to and flushed line by line, so that a killed run keeps what it wrote. A run that goes on begins
+with the lines up to its checkpoint, so no step is there twice. Only process 0 writes and shows.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from loram.device import peak_bytes
 from loram.errors import MismatchError
 from loram.progress import Progress
+from loram.training.processes import is_writer
 
 METRICS = "metrics.jsonl"
 
@@ -28,10 +31,19 @@ class StepReport(TrainerCallback):
         self.progress = progress
         self.log_every = log_every
         self.losses: list[float] = []
+        self.extra: dict[str, float] = {}
         self.tokens = 0
-        self.seconds = 0.0
+        self.seconds = self.seconds_before = 0.0
         self.started = 0.0
         self.shown = 0
+
+    def restore(self, lines: Iterable[dict[str, float]]) -> None:
+        """Begin with these lines, whatever the file holds."""
+        for line in lines:
+            self.losses.append(line["loss"])
+            self.tokens = int(line["tokens"])
+            self.seconds = self.seconds_before = line["seconds"]
+            self.shown = int(line["step"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -39,6 +51,8 @@ class StepReport(TrainerCallback):
         """The clock starts."""
         self.started = time.perf_counter()
         self.progress.begin("train", state.max_steps)
+        if self.shown:
+            self.progress.advance(self.shown)
 
     def on_log(
         self,
@@ -57,12 +71,13 @@ class StepReport(TrainerCallback):
             raise MismatchError(f"the loss became {name} at step {step} with --lr {args.learning_rate:g}; lower --lr")
         self.losses.append(loss)
         self.tokens = int(state.num_input_tokens_seen)
-        self.seconds = time.perf_counter() - self.started
-        self.append({"step": step, "loss": loss, "lr": logs["learning_rate"], "tokens": self.tokens})
-        if step - self.shown >= self.log_every or step in (1, state.max_steps):
-            rate = self.tokens / self.seconds
-            self.progress.advance(step - self.shown, loss=loss, tokens_per_second=rate, memory=float(peak_bytes()))
+        self.seconds = self.seconds_before + time.perf_counter() - self.started
+        self.append({"step": step, "loss": loss, "lr": logs["learning_rate"], "tokens": self.tokens, **self.extra})
+        if step - self.shown >= self.log_every or step in (1, state.max_steps) or self.extra:
+            figures = {"tokens_per_second": self.tokens / self.seconds, "memory": float(peak_bytes()), **self.extra}
+            self.progress.advance(step - self.shown, loss=loss, **figures)
             self.shown = step
+        self.extra = {}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,5 +87,13 @@ class StepReport(TrainerCallback):
 
     def append(self, line: dict[str, float]) -> None:
         """One line, on disk when this returns."""
+        if not is_writer():
+            return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, "seconds": round(self.seconds, 3)}) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines that training wrote to a folder; none where it wrote none."""
+    file = folder / METRICS
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []

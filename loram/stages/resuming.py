@@ -1,0 +1,63 @@
+"""How train goes on where it was stopped, says that it is finished, and lets one of several processes write."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from loram.artifact import Draft, Manifest, drafting, read_manifest
+from loram.data.encoding import EncodedRow
+from loram.options import TrainOptions
+from loram.stages.wiring import content_digest
+from loram.training.checkpoints import differences, discard, find_start, identity
+from loram.training.loop import Session
+from loram.training.processes import done_by_writer, is_writer
+from loram.training.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+def open_session(options: TrainOptions, out: Path, now: dict[str, Any], stop: StopRequest) -> Session:
+    """The newest good checkpoint of this very run, if there is one; all processes get the same."""
+
+    def begin() -> Any:
+        if options.resume == "never":
+            discard(out)
+        return find_start(out, options, now)
+
+    start = done_by_writer(begin)
+    if start is not None:
+        logger.info("going on at step %d (%s)", start.step, start.folder)
+    return Session(start, now, stop)
+
+
+def identity_of(options: TrainOptions, rows: list[EncodedRow], folder: Path) -> dict[str, Any]:
+    """What makes a continuation the same run."""
+    return identity(options, rows, content_digest(str(folder)))
+
+
+@contextmanager
+def writing(options: TrainOptions, out: Path) -> Iterator[Draft]:
+    """The draft of OUT, which process 0 finishes and puts in place; the others get the folder and leave it alone."""
+    if is_writer():
+        inputs = (options.model, *options.data)
+        with drafting(out, force=options.force, inputs=inputs, keep_partial=True) as draft:
+            yield draft
+    else:
+        yield Draft(out.with_name(out.name + ".partial"), out)
+
+
+def earlier_result(options: TrainOptions) -> Manifest | None:
+    """The manifest of a finished training that stands in OUT and may be this one."""
+    if options.force or options.resume != "auto" or not Path(options.out).is_dir():
+        return None
+    manifest = read_manifest(options.out)
+    return manifest if manifest is not None and manifest.stage == "train" else None
+
+
+def is_same_run(earlier: Manifest, now: dict[str, Any]) -> bool:
+    """Whether the finished training is the one that is asked for."""
+    return not differences(earlier.training or {}, now)

@@ -1,0 +1,188 @@
+"""Checkpoints in OUT.partial/checkpoints: whole or not there, and only ever continued by the run they belong to.
+
+A checkpoint is what the Trainer writes (adapter, optimizer, schedule, random states), a copy of `metrics.jsonl`, and,
+written last, `checksums.json`. One without checksums, or with others, is damaged and passed over. `run.json` beside
+the checkpoints says which options, data and model they belong to.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loram.artifact import SEAL, read_json, sha256_file, sha256_json, write_json
+from loram.data.encoding import EncodedRow
+from loram.errors import InputError, OptionError
+from loram.option_fields import flag
+from loram.options import TrainOptions
+from loram.training.processes import process_count
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+PREFIX = "checkpoint-"
+IDENTITY = "run.json"
+RUNNING = {"resume", "save_every", "keep_checkpoints"}
+"""Options that say how a run is kept going, and nothing about what comes out."""
+FREE = {"out", "force", "dry_run", "log_every", "model", "data", "columns"} | RUNNING
+"""Options that may change between a run and its continuation; model and data are compared by content."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is whole."""
+
+    folder: Path
+    step: int
+
+
+def identity(options: TrainOptions, rows: list[EncodedRow], model_digest: str) -> dict[str, Any]:
+    """What makes a continuation the same run: options, the encoded rows, the model, the number of processes."""
+    return {
+        "options": {key: value for key, value in options.to_json().items() if key not in FREE},
+        "data": sha256_json([[row["input_ids"], [int(value) for value in row["loss_mask"]]] for row in rows]),
+        "model": model_digest,
+        "processes": process_count(),
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In words, what differs between the run of a checkpoint and this one."""
+    found = []
+    old, new = before.get("options", {}), now["options"]
+    for key in sorted({*old, *new}):
+        if old.get(key) != new.get(key):
+            found.append(f"--{flag(key)} was {shown(old.get(key))} and is {shown(new.get(key))} now")
+    if before.get("data") != now["data"]:
+        found.append("the training data is not the same")
+    if before.get("model") != now["model"]:
+        found.append("the model is not the same")
+    if before.get("processes") != now["processes"]:
+        found.append(f"{before.get('processes')} processes trained it and {now['processes']} would go on")
+    return found
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def find_start(out: Path, options: TrainOptions, now: Mapping[str, Any]) -> Checkpoint | None:
+    """The checkpoint to go on from; None to start anew. OptionError where it is another run's."""
+    if options.resume == "never":
+        return None
+    place = checkpoints_of(out) if options.resume == "auto" else Path(options.resume)
+    wanted = None
+    if place.name.startswith(PREFIX):
+        place, wanted = place.parent, place
+    elif (place / FOLDER).is_dir():
+        place = place / FOLDER
+    found = newest_whole(place, wanted)
+    if found is None:
+        if options.resume != "auto":
+            raise InputError(f"--resume {options.resume}: there is no whole checkpoint; give OUT.partial, or auto")
+        return None
+    other = differences(read_json(place / IDENTITY), now)
+    if other:
+        raise OptionError(
+            f"{place} holds a run stopped at step {found.step} that is not this one: {'; '.join(other)}; "
+            "give what it was started with to go on, or --resume never to start anew"
+        )
+    return found
+
+
+def checkpoints_of(out: Path) -> Path:
+    """Where the checkpoints of OUT are; brings back those of a run killed while OUT was being put in place."""
+    partial = out.with_name(out.name + ".partial")
+    aside = set_aside_folder(out)
+    if aside.is_dir() and not (partial / FOLDER).exists():
+        partial.mkdir(parents=True, exist_ok=True)
+        os.replace(aside, partial / FOLDER)
+    return partial / FOLDER
+
+
+def set_aside_folder(out: Path) -> Path:
+    """Where checkpoints wait, out of the artifact's way, until OUT is in place."""
+    return out.with_name(out.name + ".checkpoints")
+
+
+def set_aside(partial: Path, out: Path) -> None:
+    """Take the checkpoints out of the folder that is about to become OUT."""
+    shutil.rmtree(set_aside_folder(out), ignore_errors=True)
+    if (partial / FOLDER).is_dir():
+        os.replace(partial / FOLDER, set_aside_folder(out))
+
+
+def discard(out: Path) -> None:
+    """Delete all checkpoints of OUT."""
+    shutil.rmtree(set_aside_folder(out), ignore_errors=True)
+    shutil.rmtree(out.with_name(out.name + ".partial") / FOLDER, ignore_errors=True)
+
+
+def newest_whole(place: Path, wanted: Path | None = None) -> Checkpoint | None:
+    """The wanted checkpoint, or else the newest one that is whole; says which ones are damaged."""
+    candidates = listed(place)
+    if wanted is not None:
+        candidates.sort(key=lambda item: (item.folder.name == wanted.name, item.step))
+    damaged: list[str] = []
+    while candidates:
+        last = candidates.pop()
+        reason = damage(last.folder)
+        if reason is None:
+            if damaged:
+                logger.warning("going back to step %d: %s", last.step, "; ".join(damaged))
+            return last
+        damaged.append(f"{last.folder.name} is damaged ({reason})")
+    if damaged:
+        logger.warning("no whole checkpoint in %s: %s", place, "; ".join(damaged))
+    return None
+
+
+def listed(place: Path) -> list[Checkpoint]:
+    """Every checkpoint folder, oldest first, whole or not."""
+    folders = [folder for folder in place.glob(PREFIX + "*") if folder.name.removeprefix(PREFIX).isdigit()]
+    return sorted((Checkpoint(f, int(f.name.removeprefix(PREFIX))) for f in folders), key=lambda item: item.step)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole."""
+    try:
+        sums = read_json(folder / SEAL)
+    except InputError:
+        return "it was not written to its end"
+    if not isinstance(sums, dict) or not sums:
+        return f"{SEAL} is broken"
+    for name, digest in sums.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_file(folder / name) != digest:
+            return f"{name} has changed"
+    return None
+
+
+def seal(folder: Path) -> None:
+    """Say that the checkpoint is whole, in one atomic step."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(SEAL))
+    partial = folder / (SEAL + ".partial")
+    write_json(partial, {file.relative_to(folder).as_posix(): sha256_file(file) for file in files})
+    os.replace(partial, folder / SEAL)
+
+
+def keep_newest(place: Path, count: int) -> None:
+    """Delete all but the newest `count` checkpoints; the seal goes first, so that none is ever taken for whole."""
+    for item in listed(place)[:-count]:
+        (item.folder / SEAL).unlink(missing_ok=True)
+        shutil.rmtree(item.folder, ignore_errors=True)
+
+
+def write_identity(place: Path, now: Mapping[str, Any]) -> None:
+    """Note whose checkpoints these are."""
+    place.mkdir(parents=True, exist_ok=True)
+    partial = place / (IDENTITY + ".partial")
+    write_json(partial, now)
+    os.replace(partial, place / IDENTITY)
