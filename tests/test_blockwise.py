@@ -39,7 +39,7 @@ def hooked_moments(model: Any, windows: Tensor) -> dict[str, Tensor]:
     return moments
 
 
-def observed(folder: Path, windows: Tensor, rows: int) -> dict[str, Tensor]:
+def observed(folder: Path, windows: Tensor, rows: int, layers: tuple[int, ...] = (0, 1, 2)) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def observer(layer: int, moments: dict[str, Tensor]) -> None:
@@ -47,7 +47,7 @@ def observed(folder: Path, windows: Tensor, rows: int) -> dict[str, Tensor]:
             found[f"model.layers.{layer}.{name}"] = value.clone()
 
     with Checkpoint(folder) as checkpoint:
-        observe_inputs(checkpoint, family_of(checkpoint.config), windows, observer, rows=rows)
+        observe_inputs(checkpoint, family_of(checkpoint.config), windows, layers, observer, rows=rows)
     return found
 
 
@@ -67,6 +67,16 @@ def test_one_window_alone(stock: Callable[[str], Path]) -> None:
     expected = hooked_moments(make("gemma3_text-gqa"), windows)
     for key, value in observed(stock("gemma3_text-gqa"), windows, 4).items():
         assert ((value - expected[key]).norm() / expected[key].norm()).item() < 1e-5, key
+
+
+def test_only_the_layers_asked_for_are_observed(stock: Callable[[str], Path]) -> None:
+    windows = tokens(6, rows=3, length=24)
+    expected = hooked_moments(make("qwen3-gqa"), windows)
+    found = observed(stock("qwen3-gqa"), windows, 4, layers=(1,))
+    assert set(found) == {f"model.layers.1.{leaf}" for leaf in OUTPUTS}
+    for key, value in found.items():
+        assert ((value - expected[key]).norm() / expected[key].norm()).item() < 1e-5, key
+    assert observed(stock("qwen3-gqa"), windows, 4, layers=()) == {}
 
 
 def test_damaged_weights_are_named_by_layer(tmp_path: Path) -> None:

@@ -47,8 +47,12 @@ def test_whole_tensors_rows_and_tiles_are_the_files(folder: Path, monkeypatch: p
             assert name in checkpoint
             assert torch.equal(checkpoint.read(name), value)
             pieces = [(start, tile.clone()) for start, tile in checkpoint.tiles(name)]
-            whole = torch.cat([tile for _, tile in pieces]) if value.dim() else pieces[0][1]
-            assert torch.equal(whole, value)
+            if not value.dim():
+                assert torch.equal(pieces[0][1], value)
+            elif value.numel():
+                assert torch.equal(torch.cat([tile for _, tile in pieces]), value)
+            else:
+                assert pieces == []
         assert [start for start, _ in checkpoint.tiles("big")] == [0, 128]
         assert torch.equal(checkpoint.rows("big", 3, 9), TENSORS["big"][3:9])
         assert checkpoint.total_bytes == sum(value.nbytes for value in TENSORS.values())
@@ -155,12 +159,12 @@ def header(**changes: Any) -> bytes:
         (header(dtype=None), "damaged header"),
         (header(shape=None), "damaged header"),
         (header(shape=3), "damaged header"),
-        (header(shape=["a"]), "damaged header|contradicts itself"),
+        (header(shape=["a"]), "the file is damaged"),
         (header(data_offsets=[0]), "damaged header"),
         (header(data_offsets=[0, 4]), "contradicts itself"),
         (header(data_offsets=[-8, 0]), "contradicts itself"),
         (header(shape=[4], data_offsets=[0, 16]), "is truncated"),
-        (header(shape=[-1, -2]), "contradicts itself|damaged header"),
+        (header(shape=[-1, -2]), "the file is damaged"),
     ],
 )
 def test_damaged_files_are_refused(data: bytes, message: str, tmp_path: Path) -> None:
