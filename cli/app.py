@@ -133,6 +133,7 @@ def check_verb(word: str) -> None:
 
 def quiet_libraries() -> None:
     """Progress bars and advice of the libraries underneath would tear our own display; the environment wins."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads collapse where anything else runs
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -235,11 +235,14 @@ def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any
 
 
 def target_names(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """target_modules as a plain list: as it was, or the leaf names where it was a pattern."""
+    """target_modules as a plain list: as it was, or the modules' full names where it was a pattern.
+
+    Leaf names would name more modules than a pattern may have matched, and PEFT would miss their keys.
+    """
     named = config.get("target_modules")
     if isinstance(named, (list, tuple)) and named:
         return sorted(named)
-    return sorted({module.rpartition(".")[2] for module in modules})
+    return sorted(modules)
 
 
 def expected_modules(config: Mapping[str, Any], family: Family, geometry: Geometry) -> set[str]:
@@ -250,13 +253,14 @@ def expected_modules(config: Mapping[str, Any], family: Family, geometry: Geomet
     chosen = range(geometry.layers) if layers is None else [layers] if isinstance(layers, int) else layers
     candidates = {family.module(layer, weight) for layer in chosen for weight in family.linears}
     candidates |= {family.embedding.name, family.head.name} if layers is None else set()
-    excluded = config.get("exclude_modules") or []
-    return {
-        module
-        for module in candidates
-        if any(module == name or module.endswith(f".{name}") for name in named)
-        and not any(module == name or module.endswith(f".{name}") for name in excluded)
-    }
+    return {m for m in candidates if is_named(m, named) and not is_named(m, config.get("exclude_modules") or [])}
+
+
+def is_named(module: str, names: str | Iterable[str]) -> bool:
+    """PEFT's rule for target_modules and exclude_modules: a pattern for the whole name, or a list of endings."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def check_finite(adapter: Adapter, where: str | Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -160,7 +161,8 @@ def drafting(
         raise output_error(error, target) from error
     draft = Draft(partial, target)
     try:
-        yield draft
+        with logging_into(partial / "loram.log"):
+            yield draft
         draft.finish()
         publish(partial, target)
     except (KeyboardInterrupt, SystemExit, Interrupted):
@@ -171,6 +173,20 @@ def drafting(
         if isinstance(error, OSError):
             raise output_error(error, target) from error
         raise
+
+
+@contextmanager
+def logging_into(file: Path) -> Iterator[None]:
+    """What loram logs while the block runs also goes to `file`."""
+    handler = logging.FileHandler(file, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("loram")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def publish(partial: Path, target: Path) -> None:

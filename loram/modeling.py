@@ -9,7 +9,6 @@ layers are cut alike the small model *is* a stock model, and its config says so.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,32 +17,14 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from loram.artifact import read_json
 from loram.checkpoint import BY_FLAG
 from loram.errors import CheckpointError, DataError, FamilyError
 from loram.families import FAMILIES, Family, family_of, is_small_config
+from loram.families.small import WIDTHS_KEY
 from loram.families.widths import Widths
-
-WIDTHS_KEY = "loram_widths"
-
-
-def small_config(config: Mapping[str, Any], widths: Widths) -> dict[str, Any]:
-    """The raw config of the small model: stock where all layers are alike, else ours with widths per layer."""
-    family = family_of(config)
-    geometry = family.geometry(config)
-    small = dict(config)
-    if widths.uniform:
-        small["head_dim"] = geometry.head_dim
-        small["num_key_value_heads"] = widths.kv_heads[0]
-        small["num_attention_heads"] = widths.kv_heads[0] * (geometry.heads // geometry.kv_heads)
-        small["intermediate_size"] = widths.mlp[0]
-        return small
-    model_type = str(config["model_type"])
-    small["model_type"] = f"loram_{model_type}"
-    small["architectures"] = [small_classes(model_type)[1].__name__]
-    small[WIDTHS_KEY] = {"kv_heads": list(widths.kv_heads), "mlp": list(widths.mlp)}
-    return small
 
 
 @cache
@@ -118,12 +99,18 @@ def load_model(path: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> PreTr
     kwargs.setdefault("low_cpu_mem_usage", True)
     classes = classes_in(path)
     loader: Any = classes[1] if classes else AutoModelForCausalLM
+    hf_logging: Any = transformers_logging
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # loram draws its own
     try:
         model: PreTrainedModel = loader.from_pretrained(str(path), **kwargs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise loading_error(path, error) from error
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
     return model
 
 

@@ -13,7 +13,8 @@ from loram.artifact import Manifest, drafting, write_json
 from loram.checkpoint import Checkpoint, describe_base
 from loram.cutting import write_small
 from loram.families import family_of
-from loram.modeling import load_small, small_config
+from loram.families.small import small_config
+from loram.modeling import load_small
 from loram.pruning_map import Axis, PruningMap
 
 

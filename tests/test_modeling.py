@@ -97,7 +97,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     for checkpointing in (False, True):
         small: Any = load_small(folder, dtype="fp32").train()
         if checkpointing:
-            small.gradient_checkpointing_enable({"use_reentrant": False})
+            small.activation_checkpointing_enable()
         small(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
         found.append(small.model.layers[1].mlp.down_proj.weight.grad)
     assert found[0].abs().max() > 0

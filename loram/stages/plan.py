@@ -102,7 +102,7 @@ class PlanResult(StageResult):
         lines = [
             f"parameters   {self.large.total:>16,} → {self.small.total:,}",
             f"weights      {format_bytes(weight_bytes(self.large)):>16} → {format_bytes(self.bytes_small)}"
-            f"   {body['bytes']['reduction']:.2f}× in true bytes, {body['params']['reduction']:.2f}× as the paper counts",
+            f"   {body['bytes']['reduction']:.2f}× in true bytes, {body['params']['reduction']:.2f}× as in the paper",
             "peak memory  " + "   ".join(f"{name} {format_bytes(p.total)}" for name, p in self.peaks.items()),
             "training     " + "   ".join(f"{k} {format_bytes(v)}" for k, v in self.peaks["train"].parts.items()),
             "disk         " + "   ".join(f"{name} {format_bytes(size)}" for name, size in self.disk.items()),

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from loram.artifact import Base, Draft, Manifest, check_output, drafting, read_manifest, write_json
-from loram.blockwise import observe_inputs, whole_model_gradients
 from loram.checkpoint import Checkpoint, describe_base, read_tensors
 from loram.cutting import Refitted, check_tensors, small_bytes, write_small
 from loram.data.calibration import calibration_windows, is_general
 from loram.errors import KindError
 from loram.families import Family, Geometry, Weight, family_of
+from loram.families.small import small_config
 from loram.families.widths import Cut, Widths, describe_uncut, parse_ratio
 from loram.hub.download import resolve_model
 from loram.memory import check_disk
-from loram.modeling import load_tokenizer, small_config
 from loram.options import PruneOptions
 from loram.progress import SILENT, Progress
 from loram.pruning import SCORES
@@ -130,6 +129,8 @@ def calibration(options: PruneOptions, folder: Path) -> Tensor | None:
         if options.method == "random" or SCORES[options.score].needs == "weights":
             return None
         sources = ("builtin",)
+    from loram.modeling import load_tokenizer  # transformers, which streaming does without
+
     tokenizer = load_tokenizer(folder)
     windows = calibration_windows(
         sources, tokenizer, options.samples, options.length, options.seed, columns=options.columns
@@ -194,6 +195,8 @@ def choose(work: Pruning, spill: Path, progress: Progress) -> None:
         progress.advance()
 
     if work.windows is not None and (work.refits or (not scores and score.needs == "inputs")):
+        from loram.blockwise import observe_inputs
+
         observe_inputs(work.checkpoint, work.family, work.windows, layers, decide)
     else:
         for layer in layers:
@@ -210,6 +213,8 @@ def scores_beforehand(work: Pruning, layers: list[int]) -> dict[int, Any]:
         return {layer: layer_scores(work, layer) for layer in layers}
     if score.needs == "inputs":
         return {}
+    from loram.blockwise import whole_model_gradients
+
     assert work.windows is not None
     logger.info("%s needs gradients: the whole model is in memory while they are computed", score.name)
     with whole_model_gradients(work.checkpoint, work.family, work.windows) as gradients:

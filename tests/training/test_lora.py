@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from loram.errors import OptionError
+from loram.families.small import small_config
 from loram.families.widths import Widths
-from loram.modeling import small_classes, small_config
+from loram.modeling import small_classes
 from loram.options import TrainOptions
 from loram.training.lora import resolve_targets, save_adapter, wrap
 

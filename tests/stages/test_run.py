@@ -1,0 +1,147 @@
+"""run: sections in order, skipping what is done, going on after a kill, and never past a failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from loram.artifact import read_manifest
+from loram.errors import MismatchError, OptionError, OutputError
+from loram.options import RunOptions
+from loram.stages.run import RunResult, run
+
+TINY = Path(__file__).parent.parent / "fixtures" / "tiny-llama-kjv"
+RECIPE = """
+prune: {ratio: 0.5, keep_first: 1, keep_last: 1, samples: 4, length: 32}
+train: {steps: 3, batch: 2, max_length: 48, lr: 1e-3}
+recover: {}
+verify: {numeric: true}
+eval: {compare: true, max_length: 48}
+"""
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> RunOptions:
+    """A run of RECIPE on the tiny model, with a few made-up questions."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    for name, count in (("train", 40), ("test", 6)):
+        rows = [{"prompt": f"And the number {n} ", "completion": f"was followed by {n + 1}."} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return RunOptions(
+        recipe=str(tmp_path / "recipe.yaml"),
+        model=str(TINY),
+        data=(str(tmp_path / "train.jsonl"),),
+        eval_data=(str(tmp_path / "test.jsonl"),),
+        out=str(tmp_path / "run"),
+    )
+
+
+def change(options: RunOptions, **values: object) -> RunOptions:
+    return RunOptions(**(vars(options) | values))  # type: ignore[arg-type]
+
+
+def skipped(result: RunResult) -> list[str]:
+    return [stage["name"] for stage in result.stages if stage.get("skipped")]
+
+
+def test_whole_run(options: RunOptions) -> None:
+    result = run(options)
+    folder = Path(options.out)
+    assert [stage["name"] for stage in result.stages] == ["prune", "train", "recover", "verify", "eval"]
+    ladder = json.loads((folder / "ladder.json").read_text())
+    assert [row["name"] for row in ladder["rows"]] == ["base", "small", "small + adapter", "large + recovered"]
+    assert {"name", "loss", "stderr", "accuracy"} <= set(ladder["rows"][0])
+    kinds = {name: read_manifest(folder / name) for name in ("prune", "train", "adapter")}
+    assert [m.kind for m in kinds.values() if m] == ["small-model", "small-adapter", "adapter"]
+    manifest = read_manifest(folder)
+    assert manifest is not None and manifest.kind == "run"
+    # Half of the calibration is the user's own text without being asked for.
+    prune = next(stage for stage in result.stages if stage["name"] == "prune")
+    assert prune["options"]["calibration"] == [*options.data, "builtin=1"]
+    assert result.ladder.verdict() in result.summary()
+
+
+def test_second_time_everything_is_skipped(options: RunOptions) -> None:
+    first = run(options)
+    second = run(options)
+    assert skipped(second) == ["prune", "train", "recover", "verify", "eval"]
+    assert second.ladder.to_json() == first.ladder.to_json()
+
+
+def test_changed_option_redoes_what_depends_on_it(options: RunOptions) -> None:
+    run(options)
+    again = run(change(options, overrides=("train.lr=2e-3",)))
+    assert skipped(again) == ["prune"]
+
+
+def test_changed_data_redoes_the_pruning_too(options: RunOptions) -> None:
+    run(options)
+    data = Path(options.data[0])
+    data.write_text(data.read_text() + "\n" + json.dumps({"prompt": "Again ", "completion": "and again."}))
+    assert skipped(run(options)) == []
+
+
+def test_damaged_stage_folder_is_made_anew(options: RunOptions) -> None:
+    run(options)
+    shutil.rmtree(Path(options.out) / "adapter")
+    assert skipped(run(options)) == ["prune", "train", "verify", "eval"]
+    assert (Path(options.out) / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_failed_verification_stops_the_run(options: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loram.stages.verify.TOLERANCE", -1.0)
+    with pytest.raises(MismatchError, match="verify failed"):
+        run(options)
+    assert not (Path(options.out) / "ladder.json").exists()
+
+
+def test_foreign_folder_is_refused_and_left_alone(options: RunOptions) -> None:
+    folder = Path(options.out)
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="not a run"):
+        run(options)
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_recipe_without_a_model(options: RunOptions) -> None:
+    with pytest.raises(OptionError, match="--model"):
+        run(change(options, model=None))
+
+
+def test_ceiling_adds_a_rung(options: RunOptions) -> None:
+    result = run(change(options, ceiling=True))
+    assert [row.name for row in result.ladder.rows][-1] == "ceiling"
+    manifest = read_manifest(Path(options.out) / "ceiling")
+    assert manifest is not None and manifest.kind == "adapter"
+
+
+def test_dry_run_writes_nothing(options: RunOptions) -> None:
+    result = run(change(options, dry_run=True))
+    assert [stage["name"] for stage in result.stages] == ["prune", "train", "recover", "verify", "eval"]
+    assert not Path(options.out).exists()
+
+
+def test_killed_run_goes_on(options: RunOptions) -> None:
+    """SIGKILL while it trains: what was finished is kept, the rest is done, and the result is the same."""
+    code = f"from loram.stages.run import run; from loram.options import RunOptions; run(RunOptions(**{vars(options)!r}))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    folder = Path(options.out)
+    deadline = time.monotonic() + 90
+    while not (folder / "prune" / "loram.json").is_file() and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert (folder / "prune" / "loram.json").is_file(), "the child never finished pruning"
+    result = run(options)
+    assert "adapter" in {path.name for path in folder.iterdir()}
+    fresh = run(change(options, out=str(folder.with_name("fresh"))))
+    assert result.ladder.to_json() == fresh.ladder.to_json()

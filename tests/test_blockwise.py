@@ -1,0 +1,117 @@
+"""Block by block the same second moments as the whole model under hooks, for every family and sliding windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stock_models import LAYERS, VARIANTS, build, make, raw_config, tokens
+from torch import Tensor
+
+from loram.blockwise import observe_inputs, whole_model_gradients
+from loram.checkpoint import Checkpoint
+from loram.errors import MismatchError
+from loram.families import family_of
+
+OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def hooked_moments(model: Any, windows: Tensor) -> dict[str, Tensor]:
+    """Σ x·xᵀ of the inputs of o and down, in fp64, with all windows through the whole stock model."""
+    moments: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: Any, inputs: Any) -> None:
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).double()
+            moments[name] = moments.get(name, 0) + x.T @ x
+
+        return hook
+
+    for layer in range(LAYERS):
+        for leaf in OUTPUTS:
+            name = f"model.layers.{layer}.{leaf}"
+            model.get_submodule(name).register_forward_pre_hook(watch(name))
+    with torch.no_grad():
+        model(windows, use_cache=False)
+    return moments
+
+
+def observed(folder: Path, windows: Tensor, rows: int, layers: tuple[int, ...] = (0, 1, 2)) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def observer(layer: int, moments: dict[str, Tensor]) -> None:
+        for name, value in moments.items():
+            found[f"model.layers.{layer}.{name}"] = value.clone()
+
+    with Checkpoint(folder) as checkpoint:
+        observe_inputs(checkpoint, family_of(checkpoint.config), windows, layers, observer, rows=rows)
+    return found
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_moments_are_those_of_the_whole_model(name: str, rows: int, stock: Callable[[str], Path]) -> None:
+    windows = tokens(5, rows=5, length=24)
+    expected = hooked_moments(make(name), windows)
+    found = observed(stock(name), windows, rows)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert ((found[key] - value).norm() / value.norm()).item() < 1e-5, key
+
+
+def test_one_window_alone(stock: Callable[[str], Path]) -> None:
+    windows = tokens(6, rows=1, length=24)
+    expected = hooked_moments(make("gemma3_text-gqa"), windows)
+    for key, value in observed(stock("gemma3_text-gqa"), windows, 4).items():
+        assert ((value - expected[key]).norm() / expected[key].norm()).item() < 1e-5, key
+
+
+def test_only_the_layers_asked_for_are_observed(stock: Callable[[str], Path]) -> None:
+    windows = tokens(6, rows=3, length=24)
+    expected = hooked_moments(make("qwen3-gqa"), windows)
+    found = observed(stock("qwen3-gqa"), windows, 4, layers=(1,))
+    assert set(found) == {f"model.layers.1.{leaf}" for leaf in OUTPUTS}
+    for key, value in found.items():
+        assert ((value - expected[key]).norm() / expected[key].norm()).item() < 1e-5, key
+    assert observed(stock("qwen3-gqa"), windows, 4, layers=()) == {}
+
+
+def test_damaged_weights_are_named_by_layer(tmp_path: Path) -> None:
+    model = make("llama-gqa")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(MismatchError, match=r"layer 1: the input of mlp.down_proj is NaN or Inf"):
+        observed(tmp_path, tokens(), 4)
+
+
+def test_bf16_weights_are_read_as_they_are_stored(tmp_path: Path) -> None:
+    folder = build("mistral-gqa", tmp_path / "fp32")
+    model = make("mistral-gqa").bfloat16()
+    model.save_pretrained(tmp_path / "bf16")
+    assert raw_config(folder)["model_type"] == "mistral"
+    windows = tokens(7, rows=3)
+    expected = hooked_moments(model.float(), windows)
+    for key, value in observed(tmp_path / "bf16", windows, 4).items():
+        assert ((value - expected[key]).norm() / expected[key].norm()).item() < 2e-2, key
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_are_those_of_the_mean_loss_summed_over_windows(name: str, stock: Callable[[str], Path]) -> None:
+    windows = tokens(8, rows=3)
+    model = make(name)
+    for window in windows:
+        logits = model(window[None], use_cache=False).logits[0]
+        torch.nn.functional.cross_entropy(logits[:-1], window[1:]).backward()
+    state = dict(model.named_parameters())
+    with Checkpoint(stock(name)) as checkpoint:
+        family = family_of(checkpoint.config)
+        with whole_model_gradients(checkpoint, family, windows) as gradients:
+            assert len(gradients) == LAYERS * len(family.linears)
+            for key, value in gradients.items():
+                expected = state[key].grad
+                assert expected is not None
+                assert torch.allclose(value, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()), key
