@@ -42,7 +42,8 @@ NO_TORCH = {
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "lm_eval", "flwr", "matplotlib"}
 
 SOURCES = sorted([*(ROOT / "loram").rglob("*.py"), *(ROOT / "cli").rglob("*.py")])
-LORAM = [file for file in SOURCES if file.is_relative_to(ROOT / "loram") and file != ROOT / "loram" / "__init__.py"]
+ENTRANCES = {ROOT / "loram" / "__init__.py", ROOT / "loram" / "__main__.py"}
+LORAM = [file for file in SOURCES if file.is_relative_to(ROOT / "loram") and file not in ENTRANCES]
 
 
 def module_name(file: Path) -> str:

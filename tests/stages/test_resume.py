@@ -50,14 +50,18 @@ def options(work: Path, out: Path, **changes: Any) -> TrainOptions:
 
 
 class Disturbance(Progress):
-    """Sends signals to this very process after some steps."""
+    """Sends signals to this very process after some steps of training."""
 
     def __init__(self, *moments: tuple[int, int]) -> None:
         self.moments = dict(moments)
         self.step = 0
+        self.label = ""
+
+    def begin(self, label: str, total: int) -> None:
+        self.label = label
 
     def advance(self, amount: int = 1, **figures: float) -> None:
-        self.step += amount
+        self.step += amount if self.label == "train" else 0
         if self.step in self.moments:
             os.kill(os.getpid(), self.moments.pop(self.step))
 
@@ -247,7 +251,7 @@ def test_a_second_signal_quits_at_once(work: Path, tmp_path: Path) -> None:
 def test_run_stops_there_and_goes_on_there(work: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "prune: {method: random, keep_first: 1, keep_last: 1}\n"
+        "prune: {method: random, keep_first: 1, keep_last: 1, samples: 4, length: 8, refit: false}\n"
         f"train: {{dtype: fp32, batch: 2, accumulate: 2, lr: 2e-3, dropout: 0.2, steps: {STEPS}, log_every: 1}}\n"
         "recover: {}\n"
     )
@@ -263,4 +267,5 @@ def test_run_stops_there_and_goes_on_there(work: Path, tmp_path: Path) -> None:
     found = lines(tmp_path / "run" / "train")
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     assert (tmp_path / "run" / "adapter" / "loram.json").is_file()
-    assert found == lines(work / "undisturbed")
+    run(RunOptions(**where, out=str(tmp_path / "again")))
+    assert found == lines(tmp_path / "again" / "train")
