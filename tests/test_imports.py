@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
 SIBLINGS = {
     "options": {"errors", "families", "option_fields", "train_options"},
     "option_fields": {"errors"},
-    "train_options": {"option_fields"},
+    "train_options": {"errors", "option_fields"},
     "families": {"errors"},
     "memory": {"errors"},
     "checkpoint": {"artifact"},

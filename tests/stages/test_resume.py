@@ -102,6 +102,24 @@ def test_a_signal_saves_and_the_continuation_is_exact(work: Path, tmp_path: Path
     assert result.run.steps == STEPS
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_fa": True},
+        {"lora_plus_ratio": 4.0, "neftune": 5.0, "rank_pattern": ("q_proj=3",)},
+        {"dtype": "bf16", "targets": ("all-linear", "embed_tokens"), "checkpointing": True},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_exact_with_other_options_too(work: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    train(options(work, tmp_path / "whole", **changes))
+    stop_at(work, tmp_path / "out", 5, **changes)
+    train(options(work, tmp_path / "out", **changes))
+    assert lines(tmp_path / "out") == lines(tmp_path / "whole")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_twice_stopped(work: Path, tmp_path: Path) -> None:
     stop_at(work, tmp_path / "out", 2)
     stop_at(work, tmp_path / "out", 7)
