@@ -8,11 +8,12 @@ from typing import Any
 
 from loram.artifact import output_error
 from loram.errors import OptionError, OutputError, ResourceError
+from loram.families import family_of
 from loram.memory import format_bytes
 from loram.options import InitOptions, PlanOptions
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
-from loram.stages.plan import PlanResult, plan
+from loram.stages.plan import PlanResult, plan, read_model_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,10 @@ def init(options: InitOptions, progress: Progress = SILENT) -> InitResult:
     target = Path(options.out or "recipe.yaml")
     if target.exists() and not options.force:
         raise OutputError(f"{target} exists; choose another with -o or add --force")
-    result = plan(PlanOptions(model=options.model, memory=options.memory))
-    text = recipe_text(options, result)
+    layers = family_of(config := read_model_config(options.model)).geometry(config).layers
+    whole = (4, 2) if layers > 8 else (layers // 4, layers // 4)
+    result = plan(PlanOptions(model=options.model, memory=options.memory, keep_first=whole[0], keep_last=whole[1]))
+    text = recipe_text(options, result, whole)
     if not options.dry_run:
         try:
             target.write_text(text, encoding="utf-8")
@@ -51,7 +54,7 @@ def init(options: InitOptions, progress: Progress = SILENT) -> InitResult:
     )
 
 
-def recipe_text(options: InitOptions, result: PlanResult) -> str:
+def recipe_text(options: InitOptions, result: PlanResult, whole: tuple[int, int]) -> str:
     """The recipe as YAML with comments."""
     import yaml
 
@@ -65,6 +68,8 @@ def recipe_text(options: InitOptions, result: PlanResult) -> str:
             "method": "structured",
             "score": "wanda",
             "ratio": ratio,
+            "keep_first": whole[0],
+            "keep_last": whole[1],
             "calibration": [*options.data, f"builtin={len(options.data)}"],
         },
         "train": {"rank": 8, "alpha": 16, "epochs": 1, "lr": 2e-4},
