@@ -52,10 +52,10 @@ def folder(stock: Callable[[str], Path], tmp_path: Path) -> Path:
     return chain(NAME, stock(NAME), tmp_path)
 
 
-def chain(name: str, large: Path, folder: Path, small: Path | None = None) -> Path:
+def chain(name: str, large: Path, folder: Path, small: Path | None = None, **lora: Any) -> Path:
     shutil.copytree(large, folder / "large")
     small = small or write_small_folder(folder / "large", random_kept(name, 2), folder / "small")
-    raw = write_adapter(small, folder / "raw", list(leaves(name)), 3)
+    raw = write_adapter(small, folder / "raw", list(leaves(name)), 3, **lora)
     as_trained(small, raw, folder / "trained")
     recover(RecoverOptions(adapter=str(folder / "trained"), out=str(folder / "recovered")))
     return folder
@@ -86,6 +86,17 @@ def test_everything_holds_of_what_loram_made(name: str, stock: Callable[[str], P
     assert failed(small) == {}
     assert not any(verdict.ok for verdict in small.portable.values())
     assert small.next_command.startswith("loram recover")
+
+
+@pytest.mark.parametrize(
+    "lora", [{"use_rslora": True, "r": 3}, {"rank_pattern": {"o_proj": 7}, "lora_alpha": 5}], ids=str
+)
+def test_the_identity_holds_of_folded_scales_too(
+    lora: dict[str, Any], stock: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = chain(NAME, stock(NAME), tmp_path, **lora)
+    assert failed(look(folder / "recovered", numeric=True)) == {}
+    assert failed(look(folder / "trained", numeric=True)) == {}
 
 
 @pytest.mark.parametrize("score", ["wanda", "taylor"])
