@@ -261,6 +261,7 @@ class DemoOptions(WritingOptions):
 class InitOptions(WritingOptions):
     """Write a recipe for a model, a data file and a memory size."""
 
+    out: str = option("recipe.yaml", "Recipe file to write.", short="-o")
     model: str = argument("The large model: folder or Hub id.")
     data: tuple[str, ...] = option((), "Training data: file or folder; may be repeated.")
     eval_data: tuple[str, ...] = option((), "Held-out data for the ladder.")
