@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,12 +16,14 @@ from typing import Any
 
 import pytest
 
-from loram.errors import Interrupted, OptionError, OutputError
+from loram import artifact
+from loram.errors import Interrupted, OptionError, OutputError, ResourceError
 from loram.options import PruneOptions, RunOptions, TrainOptions
 from loram.progress import Progress
 from loram.stages.prune import prune
 from loram.stages.run import run
 from loram.stages.train import TrainResult, train
+from loram.training import checkpoints
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-llama-kjv"
 STEPS = 9
@@ -198,6 +201,41 @@ def test_force_continues_too_and_replaces_the_old_output_last(work: Path, tmp_pa
     assert (out / "loram.json").is_file()
     train(options(work, out, force=True))
     assert_undisturbed(work, out)
+
+
+def test_killed_while_the_output_is_put_in_place(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(partial: Path, target: Path) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "publish", killed)
+        with pytest.raises(SystemExit):
+            train(options(work, tmp_path / "out"))
+    heard = Disturbance()
+    train(options(work, tmp_path / "out"), heard)
+    assert heard.step == 0
+    assert_undisturbed(work, tmp_path / "out")
+
+
+def test_a_full_disk_costs_the_steps_since_the_last_save(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = checkpoints.seal
+
+    def full(folder: Path) -> None:
+        if folder.name == "checkpoint-4":
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder / "checksums.json"))
+        real(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "seal", full)
+        with pytest.raises(ResourceError, match="the disk is full"):
+            train(options(work, tmp_path / "out", save_every=2))
+    with caplog.at_level(logging.INFO):
+        train(options(work, tmp_path / "out", save_every=2))
+    assert "checkpoint-4 is damaged (it was not written to its end)" in caplog.text
+    assert "going on at step 2 " in caplog.text
+    assert_undisturbed(work, tmp_path / "out")
 
 
 def start(work: Path, out: Path, *more: str) -> subprocess.Popen[str]:
