@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loram.artifact import read_json, require_folder, write_json
 from loram.checkpoint import read_tensors
-from loram.errors import AdapterError, MismatchError
+from loram.errors import AdapterError, InputError, MismatchError
 from loram.families import Family, Geometry
 from loram.shards import TensorPlan, plan_header
 
@@ -283,7 +283,10 @@ def check_modules(
             f"{where} lacks {missing[0]} ({len(missing)} modules missing) that its target_modules names"
         )
     for module, pair in adapter.pairs.items():
-        shape = shape_of(module)
+        try:
+            shape = shape_of(module)
+        except InputError:
+            raise MismatchError(f"{where} updates {module}, which the model does not have") from None
         if pair.weight_shape != shape:
             raise MismatchError(
                 f"{where}: {module} updates a weight of shape {pair.weight_shape}, the model's is {shape}"

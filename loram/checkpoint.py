@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -179,7 +180,7 @@ def tile_bounds(rows: int, row_bytes: int) -> list[tuple[int, int]]:
     starts = list(range(0, rows, height))
     if len(starts) > 1 and rows - starts[-1] < ROWS:
         starts.pop()
-    return list(zip(starts, [*starts[1:], rows], strict=True))
+    return list(zip(starts, [*starts[1:], rows][: len(starts)], strict=True))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -245,9 +246,9 @@ def read_header(path: str | Path) -> tuple[bytes, dict[str, TensorEntry]]:
             f"{file} has a damaged header ({type(error).__name__}: {error}); fetch it again"
         ) from None
     for entry in entries.values():
-        count = 1
-        for extent in entry.shape:
-            count *= extent
+        if not all(isinstance(extent, int) and extent >= 0 for extent in entry.shape):
+            raise CheckpointError(f"{file}: the header of {entry.name} has shape {entry.shape}; the file is damaged")
+        count = math.prod(entry.shape)
         if entry.end - entry.start != count * entry.dtype.itemsize or not 8 + length <= entry.start <= entry.end:
             raise CheckpointError(f"{file}: the header of {entry.name} contradicts itself; the file is damaged")
         if entry.end > size:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loram.checkpoint import read_metadata, read_tensors
 from loram.errors import PruningMapError
-from loram.families import AXES, FAMILIES, Dimension, Family, Geometry
+from loram.families import AXES, FAMILIES, Dimension, Family, Geometry, Weight
 from loram.families.widths import Widths
 from loram.shards import TensorPlan, plan_header
 
@@ -83,9 +83,15 @@ class PruningMap:
 
     def kept(self, module: str, dimension: int) -> Tensor | None:
         """Large-model indices that the small weight's `dimension` (0 out, 1 in) holds; None where it is whole."""
-        weight, layer = self.family.find(module)
+        weight, layer = self._find(module)
         segments = weight.rows if dimension == 0 else weight.columns
         return None if layer is None else self._expand(layer, segments)
+
+    def _find(self, module: str) -> tuple[Weight, int | None]:
+        weight, layer = self.family.find(module)
+        if layer is not None and layer >= self.geometry.layers:
+            raise PruningMapError(f"{module} is of layer {layer}, and the model has {self.geometry.layers} layers")
+        return weight, layer
 
     def _expand(self, layer: int, segments: Dimension) -> Tensor | None:
         if not any(s.axis and axis_name(layer, s.axis) in self.axes for s in segments):
@@ -101,7 +107,7 @@ class PruningMap:
 
     def shape(self, module: str) -> tuple[int, ...]:
         """The large weight's shape (out, in) as the table declares it."""
-        weight, _ = self.family.find(module)
+        weight, _ = self._find(module)
         return tuple(self._extent(d) for d in (weight.rows, weight.columns) if d)
 
     def small_shape(self, module: str) -> tuple[int, ...]:

@@ -44,14 +44,16 @@ class Loss:
         return math.exp(self.mean) if self.mean < 700 else math.inf
 
 
-def measure(model: Any, rows: list[EncodedRow], batch: int, progress: Progress = SILENT) -> RowLosses:
+def measure(
+    model: Any, rows: list[EncodedRow], batch: int, progress: Progress = SILENT, label: str = "evaluate"
+) -> RowLosses:
     """Summed loss and token count of every row; MismatchError where a loss is not finite."""
     device = model.get_input_embeddings().weight.device
     nll = [0.0] * len(rows)
     tokens = [0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
     model.eval()
-    progress.begin("evaluate", len(rows))
+    progress.begin(label, len(rows))
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         inputs = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen]).items()}

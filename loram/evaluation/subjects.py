@@ -68,7 +68,7 @@ def examine(subjects: Sequence[Subject], exam: Exam, progress: Progress) -> dict
             model = place(load_model(path, dtype=exam.dtype))
             for subject in (subject for subject in subjects if subject.model == path):
                 tested = model if subject.adapter is None else attach(model, subject.adapter)
-                found[subject.name] = take(tested, exam, progress, with_tasks=subject is subjects[-1])
+                found[subject.name] = take(subject, tested, exam, progress, with_tasks=subject is subjects[-1])
                 model = model if subject.adapter is None else tested.unload()
         except torch.OutOfMemoryError as error:
             raise ResourceError(
@@ -101,9 +101,9 @@ def attach(model: Any, adapter: Path) -> Any:
         return PeftModel.from_pretrained(model, str(adapter))
 
 
-def take(model: Any, exam: Exam, progress: Progress, *, with_tasks: bool) -> Measured:
+def take(subject: Subject, model: Any, exam: Exam, progress: Progress, *, with_tasks: bool) -> Measured:
     """One subject's loss, and its answers and lm-eval tasks where they are asked for."""
-    losses = measure(model, exam.rows, exam.batch, progress)
+    losses = measure(model, exam.rows, exam.batch, progress, subject.name)
     accuracy = None
     if exam.questions:
         accuracy = exact_match(model, exam.tokenizer, exam.questions, exam.batch, exam.new_tokens, progress)

@@ -58,7 +58,9 @@ def small_source(adapter: str | Path, small: str | Path | None) -> SmallSource:
         maps.append((folder, pruning_map, manifest))
     if small is not None:
         small_manifest = require_kind(small, ("small-model",), "recover --small")
-        maps.append((Path(small), read_map(small), small_manifest))
+        small_map = read_map(small)
+        check_digest(small, small_map, small_manifest.pruning_map_sha256)
+        maps.append((Path(small), small_map, small_manifest))
     (place, chosen, source), *others = maps
     for other_place, other, _ in others:
         if other.sha256 != chosen.sha256:
@@ -79,7 +81,7 @@ def check_digest(folder: str | Path, pruning_map: PruningMap, recorded: str | No
     if recorded is not None and recorded != pruning_map.sha256:
         raise MismatchError(
             f"{Path(folder) / MAP_FILE} has digest {pruning_map.sha256[:12]}, loram.json records {recorded[:12]}; "
-            "the map was exchanged: give the adapter's own"
+            "the map was exchanged: give the one that was written there"
         )
     return pruning_map.sha256[:12]
 

@@ -150,9 +150,16 @@ def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
         memory=memory,
         choice=choice,
         tried=tried,
-        notes=tuple(describe_uncut(geometry.kv_heads, geometry.mlp, widths)),
+        notes=(*describe_uncut(geometry.kv_heads, geometry.mlp, widths), *bits_note(options, choice)),
         next_command=f"loram prune {options.model} --ratio {suggested} -o SMALL",
     )
+
+
+def bits_note(options: PlanOptions, choice: Choice | None) -> list[str]:
+    """What stands between a plan in few bits and training it."""
+    if options.quantize == "none" and (choice is None or choice.quantize == "none"):
+        return []
+    return ["4 and 8 bit are reckoned here, but this version of loram trains in 16 bit: `quantize` is still to come"]
 
 
 def read_model_config(model: str) -> dict[str, Any]:
