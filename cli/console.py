@@ -18,6 +18,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
+from loram.hub.failures import redact
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
 
@@ -106,7 +107,7 @@ class Console:
     def error(self, sentence: str, error: BaseException) -> None:
         """One line on stderr; the traceback before it with -v."""
         if self.verbose:
-            self.err.print(Text("".join(traceback.format_exception(error))))
+            self.err.print(Text(redact("".join(traceback.format_exception(error)))))
         self.err.print(Text.assemble(("error: ", "bold red"), sentence))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 
 from loram.errors import HubError, LoramError, ResourceError
@@ -87,4 +88,12 @@ def is_network(chain: list[BaseException]) -> bool:
 def reason(error: BaseException) -> str:
     """The first line of an error's text, without anything that looks like a token."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return TOKEN.sub("hf_…", lines[0])[:200] if lines else type(error).__name__
+    return redact(lines[0])[:200] if lines else type(error).__name__
+
+
+def redact(text: str) -> str:
+    """A text without tokens: a server may repeat what it was sent, and a traceback shows what the server said."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if os.environ.get(name):
+            text = text.replace(os.environ[name], "hf_…")
+    return TOKEN.sub("hf_…", text)

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from loram.errors import HubError
-from loram.hub.failures import hub_failure, status_of
+from loram.hub.failures import hub_failure, reason, status_of
 
 if TYPE_CHECKING:
     from loram.hub.contents import HubFile
@@ -105,6 +105,15 @@ class Hub:
         except Exception as error:
             raise hub_failure(error, name, "read") from error
         return True
+
+    def check_card(self, repo: str, card: str) -> None:
+        """Have the Hub look at the card's header before anything is uploaded."""
+        try:
+            ModelCard(card).validate()
+        except ValueError as error:
+            raise HubError(f"the Hub refuses the card for {repo}: {reason(error)}") from error
+        except Exception as error:
+            raise hub_failure(error, repo, "write to") from error
 
     def create(self, target: Target, *, public: bool) -> Target:
         """The repository, made now."""

@@ -143,11 +143,13 @@ def base_of(
         if not is_hub_id(given):
             raise OptionError(f"--base-id is {given!r}; expected the large model's id on the Hub, such as org/name")
         return replace(known, id=given, revision=known.revision if known.id in (given, "") else None)
-    stated = any(made.options.get("base_id") == known.id for made in lineage)
-    if not is_hub_id(known.id) or (not stated and is_path(known)):
-        what = f"calls its large model {known.id!r}" if known.id else "does not name its large model"
-        raise OptionError(f"{options.adapter} {what}, which others do not have; add --base-id org/name")
-    return known
+    same = [made.base for made in lineage if made.base and made.base.weights_fingerprint == known.weights_fingerprint]
+    for base in (known, *same):
+        stated = any(made.options.get("base_id") == base.id for made in lineage)
+        if is_hub_id(base.id) and (stated or not is_path(base)):
+            return base
+    what = f"calls its large model {known.id!r}" if known.id else "does not name its large model"
+    raise OptionError(f"{options.adapter} {what}, which others do not have; add --base-id org/name")
 
 
 def is_path(base: Base) -> bool:

@@ -88,6 +88,7 @@ def push(options: PushOptions, progress: Progress = SILENT) -> PushResult:
     )
     if options.dry_run:
         return result
+    hub.check_card(options.to, card)
     confirm(options, around.target, result, progress)
     url = upload(hub, options, around.target, files, progress)
     return replace(result, url=url, pushed=True, next_command="")

@@ -190,8 +190,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def listing(self, name: str, revision: str) -> None:
         found = self.repository(name)
-        tree = found.tree(revision) if found else None
-        if tree is not None:
+        if found is None:
+            return
+        tree = found.tree(revision)
+        if tree is None:  # also a folder below a revision, of which there is none
+            self.answer(404, {"error": "EntryNotFound"}, X_Error_Code="EntryNotFound")
+        else:
             self.answer(200, [entry(file, data) for file, data in tree[1].items()])
 
     def resolve(self, name: str, revision: str, file: str) -> None:
