@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from loram.hub.failures import redact
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
 
@@ -129,7 +130,7 @@ class Console:
         from rich.text import Text
 
         if self.verbose:
-            self.err.print(Text("".join(traceback.format_exception(error))))
+            self.err.print(Text(redact("".join(traceback.format_exception(error)))))
         self.err.print(Text.assemble(("error: ", "bold red"), sentence))
 
 

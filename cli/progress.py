@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,14 @@ class LiveProgress(Progress):
             self.bars.remove_task(self.tasks.pop())
         if not self.tasks:
             self.bars.stop()
+
+    def ask(self, question: str) -> bool | None:
+        """Yes only if it is typed; nobody is asked where nobody types."""
+        if not sys.stdin.isatty():
+            return None
+        self.bars.stop()
+        answer = self.bars.console.input(Text(f"{question} [y/N] "))
+        return answer.strip().lower() in ("y", "yes")
 
     def stop(self) -> None:
         """Take the block away, also after an error."""

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     project: StageFunction
     verify: StageFunction
     merge: StageFunction
+    push: StageFunction
     evaluate: StageFunction
     run: StageFunction
     demo: StageFunction
@@ -54,6 +55,7 @@ __all__ = [
     "plan",
     "project",
     "prune",
+    "push",
     "recover",
     "register",
     "run",

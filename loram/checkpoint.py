@@ -284,7 +284,7 @@ def describe_base(
         return Base(
             id=base_id or guess_id(checkpoint.folder, checkpoint.config),
             location=str(folder) if seen_from is None else relative_location(folder, seen_from),
-            revision=revision or guess_revision(checkpoint.folder),
+            revision=guess_revision(checkpoint.folder) or revision,
             config_sha256=sha256_file(checkpoint.folder / "config.json"),
             weights_fingerprint=checkpoint.fingerprint(),
         )

@@ -90,7 +90,7 @@ class PruneOptions(CutOptions, WritingOptions):
     )
     columns: str | None = option(None, "Map data columns, e.g. prompt=question,completion=answer.")
     base_id: str | None = option(None, "Hub id of the large model, where its folder does not tell.")
-    revision: str | None = option(None, "Commit of the large model on the Hub.")
+    revision: str | None = option(None, "Branch, tag or commit of the large model on the Hub (or write ID@REVISION).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +131,26 @@ class MergeOptions(WritingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PushOptions(StageOptions):
+    """Put a verified adapter (or a merged model) on the Hub, with a model card; private unless told otherwise."""
+
+    adapter: str = argument("Adapter of the large model, or a merged model.")
+    to: str = option("", "Repository on the Hub, user/name.", flags=("--repo-id",))
+    base_id: str | None = option(None, "Hub id of the large model, where the manifest does not tell.")
+    large: str | None = option(None, "The large model to verify against, where the manifest does not say.")
+    license: str | None = option(None, "License id for the card, where the base model's card says none.")
+    ladder: str | None = option(None, "ladder.json to show on the card; default: that of the run it lies in.")
+    public: bool = option(False, "Let everybody read it; without this only you and your organization can.")
+    pr: bool = option(False, "Open a pull request instead of writing to the repository.")
+    yes: bool = option(False, "Do not ask before uploading.")
+    dry_run: bool = option(False, "Verify, show files, sizes, target and card, upload nothing.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalOptions(StageOptions):
     """Held-out loss of a model; the quality ladder with --compare."""
 
-    model: str = argument("Large model, small model, or plain model folder.")
+    model: str = argument("Large model or small model: folder or Hub id.")
     data: tuple[str, ...] = option((), "Evaluation data: file or folder; may be repeated.")
     columns: str | None = option(None, "Map data columns, e.g. prompt=question,completion=answer.")
     adapter: str | None = option(None, "Adapter to load on the model.")
@@ -200,6 +216,7 @@ SECTIONS: dict[str, type[StageOptions]] = {
     "project": ProjectOptions,
     "verify": VerifyOptions,
     "merge": MergeOptions,
+    "push": PushOptions,
     "eval": EvalOptions,
     "run": RunOptions,
     "demo": DemoOptions,

@@ -19,5 +19,9 @@ class Progress:
     def end(self) -> None:
         """The piece of work is over."""
 
+    def ask(self, question: str) -> bool | None:
+        """A person's yes or no; None where there is nobody to ask."""
+        return None
+
 
 SILENT = Progress()

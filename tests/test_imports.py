@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
     {"families", "options", "option_fields", "train_options", "errors", "progress", "results", "version", "memory"},
     {"pruning_map", "checkpoint", "shards", "artifact", "recipe"},
-    {"modeling", "sizes", "adapter", "device", "hub.download", "portability"},
+    {"modeling", "sizes", "adapter", "device", "hub.download", "hub.failures", "portability"},
     {"data", "pruning", "blockwise", "cutting", "merging"},
     {"training"},
     {"report", "hub", "evaluation", "federated", "verification"},
@@ -34,6 +34,7 @@ SIBLINGS = {
     "shards": {"checkpoint"},
     "pruning_map": {"checkpoint", "shards"},
     "portability": {"adapter"},
+    "hub.download": {"hub.failures"},
 }
 NO_TORCH = {
     *("errors", "families", "options", "option_fields", "train_options", "progress", "results", "version"),

@@ -1,1 +1,1 @@
-"""The Hub: what loram fetches from it (and, later, pushes to it)."""
+"""The Hub: what loram fetches from it and pushes to it."""

@@ -25,6 +25,7 @@ STAGE_FUNCTIONS: dict[str, str] = {
     "project": "loram.stages.project:project",
     "verify": "loram.stages.verify:verify",
     "merge": "loram.stages.merge:merge",
+    "push": "loram.stages.push:push",
     "eval": "loram.stages.evaluate:evaluate",
     "run": "loram.stages.run:run",
     "demo": "loram.stages.demo:demo",

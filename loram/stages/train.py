@@ -14,7 +14,7 @@ from loram.data.encoding import DataSummary, EncodedRow, encode, within_context
 from loram.data.formats import read_sources
 from loram.device import resolve_dtype
 from loram.errors import InputError, KindError
-from loram.hub.download import resolve_model
+from loram.hub.download import resolve_model, split_id
 from loram.memory import format_bytes
 from loram.modeling import load_model, load_tokenizer
 from loram.options import TrainOptions
@@ -139,7 +139,7 @@ def manifest_of(options: TrainOptions, folder: Path, small: Manifest | None, out
     """What the adapter was made from."""
     body = {key: value for key, value in options.to_json().items() if key not in RUNNING}
     if small is None:
-        base = describe_base(folder, None if Path(options.model).exists() else options.model, seen_from=out)
+        base = describe_base(folder, split_id(options.model)[0], seen_from=out)
         return Manifest("adapter", "train", body, base=base)
     if small.base is None or small.pruning_map_sha256 is None:
         raise InputError(f"{folder}/loram.json does not name the large model and the map; run `loram prune` again")
