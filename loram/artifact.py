@@ -6,6 +6,7 @@ every moment absent, the old one, or complete. Identity is by digest; locations 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -35,7 +36,6 @@ MANIFEST = "loram.json"
 SEAL = "checksums.json"  # written last into a checkpoint; one without it is not whole
 UNHASHED = (MANIFEST, "loram.log", "metrics.jsonl")  # the last two hold times: they say when, not what
 TRACKED = "logs"  # what trackers such as TensorBoard write into an artifact
-KINDS = ("small-model", "small-adapter", "adapter", "merged-model", "run")
 FIRST_STAGE = {
     "small-model": "loram prune MODEL -o SMALL",
     "small-adapter": "loram train SMALL --data FILE -o ADAPTER",
@@ -127,20 +127,40 @@ class Draft:
 
 
 def check_output(out: str | Path, inputs: Iterable[str | Path] = (), *, force: bool = False) -> Path:
-    """OUT as a path, after refusing one that is an input, holds an input, or exists without --force."""
+    """OUT as a path, after refusing one that is, holds or lies in an input, or exists without --force."""
     if not str(out):
         raise OptionError("no output folder was given; add -o OUT")
     target = Path(out)
     resolved = target.resolve()
     for item in inputs:
         source = Path(item).resolve()
-        if source == resolved or resolved in source.parents:
+        if {source, *source.parents} & {resolved, *(place.resolve() for place in scratch(target))}:
             raise OutputError(f"the output {target} is the input {item} or holds it; choose another folder with -o")
+        if source in resolved.parents:
+            raise OutputError(f"the output {target} lies inside the input {item}; choose another folder with -o")
     if target.is_file():
         raise OutputError(f"the output {target} is a file; choose a folder with -o")
     if target.is_dir() and any(target.iterdir()) and not force:
         raise OutputError(f"the output {target} exists and is not empty; choose another with -o or add --force")
     return target
+
+
+def scratch(target: Path) -> tuple[Path, Path]:
+    """Where OUT is written, and where an old OUT waits until the new one is complete."""
+    return target.with_name(target.name + ".partial"), target.with_name(f".{target.name}.replaced")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else writes this folder while the block runs; OutputError where somebody does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise OutputError(f"{folder} is being written by another loram; wait for it, or choose another -o") from None
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -154,15 +174,21 @@ def drafting(
     checkpoints to go on from: a full disk or memory must not cost them. Numbers that went wrong do.
     """
     target = check_output(out, inputs, force=force)
-    partial = target.with_name(target.name + ".partial")
+    partial, _ = scratch(target)
     try:
-        if partial.exists() and not keep_partial:
-            shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise output_error(error, target) from error
-    draft = Draft(partial, target)
+    with locked(partial):
+        yield from _draft(Draft(partial, target), keep_partial)
+
+
+def _draft(draft: Draft, keep_partial: bool) -> Iterator[Draft]:
+    """The inside of `drafting`, with the partial folder to itself."""
+    partial, target = draft.path, draft.out
     try:
+        if not keep_partial:
+            empty(partial)
         with logging_into(partial / "loram.log"):
             yield draft
         draft.finish()
@@ -193,19 +219,29 @@ def logging_into(file: Path) -> Iterator[None]:
 
 def publish(partial: Path, target: Path) -> None:
     """Make `partial` the target; an old target is moved aside first and deleted last."""
-    aside = target.with_name(target.name + ".old")
-    shutil.rmtree(aside, ignore_errors=True)
+    _, aside = scratch(target)
     if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
         os.replace(target, aside)
     os.replace(partial, target)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def empty(folder: Path) -> None:
+    """Remove what a folder holds, not the folder."""
+    for item in folder.iterdir():
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item)
+        else:
+            item.unlink()
 
 
 def output_error(error: OSError, target: Path) -> LoramError:
     """A write that failed, as the sentence and exit code a user needs."""
     if error.errno in (28, 122):  # ENOSPC, EDQUOT
         return ResourceError(f"the disk is full while writing {target}; free some space or choose another disk with -o")
-    if error.filename and not str(error.filename).startswith(str(target)):
+    place = Path(str(error.filename)) if error.filename else target
+    if place not in target.parents and not str(place).startswith((str(target), *map(str, scratch(target)))):
         return InputError(f"cannot read {error.filename}: {error.strerror}")
     return OutputError(f"cannot write {target}: {error.strerror or error}; choose another folder with -o")
 
@@ -286,8 +322,11 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON with a final newline."""
-    Path(path).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write indented JSON with a final newline, whole or not at all."""
+    file = Path(path)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, file)
 
 
 def environment() -> dict[str, str]:

@@ -9,7 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loram.artifact import MANIFEST, Base, Manifest, check_output, environment, read_json, read_manifest, write_json
+from loram.artifact import (
+    MANIFEST,
+    Base,
+    Manifest,
+    check_output,
+    environment,
+    locked,
+    logging_into,
+    output_error,
+    read_json,
+    read_manifest,
+    scratch,
+    write_json,
+)
 from loram.checkpoint import describe_base
 from loram.errors import Interrupted, MismatchError, OutputError
 from loram.hub.download import resolve_model
@@ -46,7 +59,9 @@ class RunResult(StageResult):
         """A line per stage and the verdict."""
         lines = []
         for stage in self.stages:
-            if stage.get("skipped"):
+            if "digest" not in stage:
+                lines.append(f"{stage['name']:<8} would run")
+            elif stage.get("skipped"):
                 lines.append(f"{stage['name']:<8} skipped: done before with the same options and inputs")
             else:
                 memory = format_bytes(stage.get("peak_bytes", 0))
@@ -65,26 +80,33 @@ def run(options: RunOptions, progress: Progress = SILENT) -> RunResult:
         return RunResult(stages=plan, next_command=f"loram run {options.recipe} -o {options.out}")
     folder = open_run(options, model)
     record = Record(folder)
-    ladder: Any = None
-    for step in steps:
-        try:
-            result = do(step, record, progress)
-        except Interrupted as stopped:
-            # Nothing after a half-done stage is run; the line to type is the run's, not the stage's.
-            again = command_line("run", replace(options, force=False))
-            raise Interrupted(f"{step.name} {stopped.what}", again) from None
-        if getattr(result, "ladder", None) is not None:
-            ladder = getattr(result, "ladder")  # noqa: B009 (only an evaluation has one)
-            write_json(folder / LADDER, ladder.to_json())
-    close_run(folder, options, recipe, record, describe_base(model, seen_from=folder))
+    with locked(folder), logging_into(folder / "loram.log"):
+        for step in steps:
+            work_on(step, options, record, progress)
+        close_run(folder, options, recipe, record, describe_base(model, seen_from=folder))
     adapter = folder / "adapter"
     return RunResult(
         stages=tuple(record.stages[step.name] for step in steps),
-        ladder=ladder if ladder is not None else record.ladder(),
+        ladder=record.ladder(),
         adapter=str(adapter),
         path=folder,
         next_command=f"loram merge {adapter} -o MERGED" if adapter.is_dir() else "",
     )
+
+
+def work_on(step: Step, options: RunOptions, record: Record, progress: Progress) -> None:
+    """One step; an interruption ends with the line that goes on with the whole run."""
+    again = command_line("run", replace(options, force=False))
+    try:
+        result = do(step, record, progress)
+    except Interrupted as stopped:
+        # Nothing after a half-done stage is run; the line to type is the run's, not the stage's.
+        raise Interrupted(f"{step.name} {stopped.what}", again) from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"{step.name} was interrupted", again) from None
+    ladder = getattr(result, "ladder", None)
+    if ladder is not None:
+        write_json(record.folder / LADDER, ladder.to_json())
 
 
 class Record:
@@ -97,9 +119,7 @@ class Record:
 
     def save(self, **more: Any) -> None:
         """Write the file whole."""
-        partial = self.folder / (RECORD + ".partial")
-        write_json(partial, {"stages": list(self.stages.values()), **more})
-        partial.replace(self.folder / RECORD)
+        write_json(self.folder / RECORD, {"stages": list(self.stages.values()), **more})
 
     def ladder(self) -> Any:
         """The ladder of an evaluation that was skipped this time."""
@@ -116,10 +136,7 @@ def do(step: Step, record: Record, progress: Progress) -> StageResult | None:
     """Run one step, or skip it where its digest is recorded and its folder is whole."""
     digest = step.digest()
     before = record.stages.get(step.name, {})
-    whole = (
-        step.out is None or read_manifest(step.out) is not None if (step.out is None or step.out.is_dir()) else False
-    )
-    if before.get("digest") == digest and whole:
+    if before.get("digest") == digest and before.get("output") == output_digest(step):
         logger.info("%s: skipped, done before with the same options and inputs", step.name)
         record.stages[step.name] = before | {"skipped": True}
         return None
@@ -128,9 +145,13 @@ def do(step: Step, record: Record, progress: Progress) -> StageResult | None:
     restart_peak()
     began = time.monotonic()
     result = stage_function(step.stage)(options, progress)
+    if result.exit_code:
+        logger.info("%s", result.summary())
+        raise MismatchError(f"{step.name} failed on {step.inputs[0]}: see the checks above; nothing after it was run")
     record.stages[step.name] = {
         "name": step.name,
         "digest": digest,
+        "output": output_digest(step),
         "seconds": round(time.monotonic() - began, 3),
         "peak_bytes": peak_bytes(),
         "options": step.options.to_json(),
@@ -139,23 +160,32 @@ def do(step: Step, record: Record, progress: Progress) -> StageResult | None:
     record.save()
     if result.summary() and step.stage != "eval":
         logger.info("%s", result.summary())
-    if result.exit_code:
-        raise MismatchError(f"{step.name} failed on {step.inputs[0]}: see the checks above; nothing after it was run")
     return result
+
+
+def output_digest(step: Step) -> str | None:
+    """Digest of the folder a step wrote; None for a step that writes none, '' where it is gone or not whole."""
+    if step.out is None:
+        return None
+    manifest = read_manifest(step.out) if step.out.is_dir() else None
+    return manifest.digest() if manifest else ""
 
 
 def open_run(options: RunOptions, model: str) -> Path:
     """The run's folder: new, or an earlier run of loram's that goes on."""
-    folder = Path(options.out)
-    if folder.is_dir() and any(folder.iterdir()):
-        if options.force:
-            shutil.rmtree(folder)
-        elif not (folder / RECORD).is_file():
-            raise OutputError(f"{folder} exists and is not a run of loram's; choose another with -o or add --force")
-    check_output(folder, [model, *options.data, *options.eval_data], force=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / RECORD).is_file():
+    folder = check_output(options.out, [model, *options.data, *options.eval_data], force=True)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file() and not options.force:
+        raise OutputError(f"{folder} exists and is not a run of loram's; choose another with -o or add --force")
+    try:
+        if options.force and folder.is_dir():
+            _, aside = scratch(folder)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.replace(aside)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)  # not complete any more
         Record(folder).save()
+    except OSError as error:
+        raise output_error(error, folder) from error
     return folder
 
 
@@ -164,3 +194,4 @@ def close_run(folder: Path, options: RunOptions, recipe: Recipe, record: Record,
     record.save(recipe=recipe.sections, source=recipe.source, options=options.to_json(), environment=environment())
     manifest = Manifest(kind="run", stage="run", options=options.to_json(), base=base, environment=environment())
     write_json(folder / MANIFEST, manifest.to_json())
+    shutil.rmtree(scratch(folder)[1], ignore_errors=True)

@@ -15,6 +15,9 @@ from loram.recipe import Recipe
 
 FOLDERS = {"prune": "prune", "train": "train", "recover": "adapter", "merge": "merge", "ceiling": "ceiling"}
 """The folder inside the run that a section writes; the others print and write none."""
+INPUTS = ("model", "adapter", "small", "small_adapter", "large", "base", "ceiling")
+PLACES = (*INPUTS, "data", "eval_data", "calibration", "out", "force", "dry_run")
+"""Options that say where something is. Digests look at what is there, so that a run may be moved."""
 STAGE_OF = {"ceiling": "train"}
 """Sections that run adds by itself, and the stage each one calls."""
 
@@ -40,8 +43,10 @@ class Step:
 
     def digest(self) -> str:
         """Changes when the options or the content of an input do."""
-        options = {k: v for k, v in self.options.to_json().items() if k not in ("out", "force", "dry_run")}
-        return sha256_json({"options": options, "inputs": [content_digest(item) for item in self.inputs]})
+        options = {k: v for k, v in self.options.to_json().items() if k not in PLACES}
+        weights = [part.partition("=")[2] for part in getattr(self.options, "calibration", ())]
+        inputs = [content_digest(item) for item in self.inputs]
+        return sha256_json({"options": options, "inputs": inputs, "weights": weights})
 
 
 def content_digest(place: str) -> str:
@@ -88,6 +93,8 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
     for name in names:
         stage = STAGE_OF.get(name, name)
         filled = WIRES[name](options, run, model) | {"seed": options.seed} | recipe.section(stage)
+        if stage == "prune" and filled.get("method") == "random":
+            filled["calibration"] = recipe.section("prune").get("calibration", ())  # streaming is its point
         if name == "ceiling":
             filled["model"] = model
         if name in FOLDERS:
@@ -99,7 +106,7 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
 
 def inputs_of(options: StageOptions) -> tuple[str, ...]:
     """The folders and files that options name."""
-    named = [getattr(options, key, None) for key in ("model", "adapter", "small", "small_adapter", "base", "ceiling")]
+    named = [getattr(options, key, None) for key in INPUTS]
     held = getattr(options, "eval_data", ())
     listed = [
         *getattr(options, "data", ()),
