@@ -12,7 +12,6 @@ from loram.errors import LoramError
 from .options import nearest_flag
 
 # typer shows BadParameter but not its parent classes; this avoids importing click, which newer typers vendor.
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 ClickError: type[Exception] = typer.BadParameter.__mro__[2]
 
 BUG = "; this is a bug in loram: run again with -v for the traceback and please report it"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from loram.artifact import read_json, require_folder, write_json
-from loram.checkpoint import read_tensors
+from loram.checkpoint import TensorEntry, read_entry, read_header
 from loram.errors import AdapterError, InputError, MismatchError
 from loram.families import Family, Geometry
-from loram.shards import TensorPlan, plan_header
+from loram.shards import write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -60,13 +60,18 @@ class Adapter:
     """All pairs of an adapter and its raw adapter_config.json; `dropped` are base weights that PEFT had saved along."""
 
     config: dict[str, Any]
-    pairs: dict[str, LoraPair]
+    pairs: Mapping[str, LoraPair]
     dropped: tuple[str, ...] = field(default=())
 
     @property
     def rank(self) -> int:
         """The largest rank."""
         return max(pair.rank for pair in self.pairs.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        return sum(p.a.nbytes + p.b.nbytes for p in self.pairs.values())
 
     @property
     def uniform(self) -> bool:
@@ -110,11 +115,7 @@ class Adapter:
             suffix = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
             for name, value in zip(suffix, (pair.a, pair.b), strict=True):
                 tensors[f"{PREFIX}{module}.{name}"] = value.contiguous()
-        plans = [TensorPlan(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
-        with open(Path(folder) / WEIGHTS, "wb") as file:
-            file.write(plan_header(plans))
-            for plan in plans:
-                file.write(tensors[plan.name].reshape(-1).view(torch.uint8).numpy().tobytes())
+        write_tensors(Path(folder) / WEIGHTS, tensors)
         write_json(Path(folder) / CONFIG, saved_config(self.config, base_id))
 
 
@@ -139,29 +140,52 @@ def saved_config(config: Mapping[str, Any], base_id: str) -> dict[str, Any]:
     return fixed | {key: config[key] for key in keep if key in config}
 
 
-def load_adapter(folder: str | Path) -> Adapter:
-    """A PEFT LoRA folder; AdapterError where it is none, MismatchError where its numbers contradict each other."""
+def load_adapter(folder: str | Path, *, streamed: bool = False) -> Adapter:
+    """A PEFT LoRA folder; AdapterError where it is none, MismatchError where its numbers contradict each other.
+
+    `streamed` leaves the pairs in the file, to be read one by one: memory then does not grow with the adapter.
+    """
     path = require_folder(folder)
     if not (path / CONFIG).is_file():
         raise AdapterError(f"{path} has no {CONFIG}; give the folder of a PEFT LoRA adapter")
     config = read_json(path / CONFIG)
     check_make(path, config)
-    tensors = read_tensors(path / WEIGHTS)
-    factors: dict[str, dict[str, Tensor]] = {}
+    entries: dict[str, dict[str, TensorEntry]] = {}
     embeddings: set[str] = set()
     dropped: list[str] = []
-    for key, value in tensors.items():
+    for key, entry in read_header(path / WEIGHTS)[1].items():
         module, part, embedding = split_key(path, key)
         if part is None:
             dropped.append(key)
             continue
-        factors.setdefault(module, {})[part] = value
+        entries.setdefault(module, {})[part] = entry
         if embedding:
             embeddings.add(module)
-    if not factors:
+    if not entries:
         raise AdapterError(f"{path / WEIGHTS} holds no lora_A and lora_B tensors; it is no LoRA adapter")
-    pairs = {m: make_pair(path, m, f, config, m in embeddings) for m, f in sorted(factors.items())}
-    return Adapter(config, pairs, tuple(dropped))
+    scales = {module: check_factors(path, module, factors, config) for module, factors in entries.items()}
+    stored = StoredPairs(entries, scales, embeddings)
+    return Adapter(config, stored if streamed else dict(stored), tuple(dropped))
+
+
+class StoredPairs(Mapping[str, LoraPair]):
+    """Pairs that stay in their file: each is read when it is asked for, so that a stream holds one at a time."""
+
+    def __init__(
+        self, entries: Mapping[str, Mapping[str, TensorEntry]], scales: Mapping[str, float], embeddings: set[str]
+    ) -> None:
+        self._entries, self._scales, self._embeddings = entries, scales, embeddings
+
+    def __getitem__(self, module: str) -> LoraPair:
+        factors = self._entries[module]
+        a, b = read_entry(factors["a"]), read_entry(factors["b"])
+        return LoraPair(a, b, self._scales[module], module in self._embeddings)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def check_make(path: Path, config: Any) -> None:
@@ -172,6 +196,7 @@ def check_make(path: Path, config: Any) -> None:
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
             raise AdapterError(f"{path / CONFIG}: {key} is {config.get(key)!r}; expected a positive number")
+    check_patterns(path, config)
     if config.get("use_dora"):
         raise AdapterError(
             f"{path} is a DoRA adapter: its magnitudes belong to the weights it was trained on; train plain LoRA"
@@ -194,6 +219,32 @@ def check_make(path: Path, config: Any) -> None:
         raise AdapterError(f"{path} has no {WEIGHTS}; {pickled}")
 
 
+def check_patterns(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse patterns that are no {regular expression: number}, and a regular expression that is none."""
+    named = (config.get("target_modules"), config.get("exclude_modules"))
+    expressions = [value for value in named if isinstance(value, str)]
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(isinstance(v, (int, float)) for v in patterns.values()):
+            raise AdapterError(f"{path / CONFIG}: {key} is {patterns!r}; expected names with a number each")
+        expressions += patterns
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise AdapterError(f"{path / CONFIG}: {expression!r} is no regular expression ({error})") from None
+
+
+def check_init(adapter: Adapter, where: str | Path) -> None:
+    """Refuse an adapter whose init moved base weights into A and B: on the original base they would count twice."""
+    init = str(adapter.config.get("init_lora_weights", True)).lower()
+    if init.startswith(ABSORBING_INITS):
+        raise AdapterError(
+            f"{where} was initialised with {init}, which moves base weights into A and B; on the large model that part "
+            "would be added twice: train with the default init"
+        )
+
+
 def split_key(path: Path, key: str) -> tuple[str, str | None, bool]:
     """(module, 'a' or 'b', embedding) of a stored key; part None for a base weight that PEFT saved along."""
     name = key.removeprefix(PREFIX)
@@ -208,22 +259,18 @@ def split_key(path: Path, key: str) -> tuple[str, str | None, bool]:
     raise AdapterError(f"{path / WEIGHTS} holds {key}, which is no lora_A or lora_B; loram handles plain LoRA")
 
 
-def make_pair(
-    path: Path, module: str, factors: dict[str, Tensor], config: Mapping[str, Any], embedding: bool
-) -> LoraPair:
-    """One module's pair with its scale; MismatchError where a factor is missing or the ranks differ."""
+def check_factors(path: Path, module: str, factors: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> float:
+    """One module's scale; MismatchError where a factor is missing or the ranks differ."""
     if set(factors) != {"a", "b"}:
         raise MismatchError(f"{path}: {module} has lora_{'A' if 'a' in factors else 'B'} but not the other factor")
-    a, b = factors["a"], factors["b"]
+    a, b = factors["a"].shape, factors["b"].shape
     declared = pattern_value(config.get("rank_pattern") or {}, module, config["r"])
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] != declared:
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] != declared:
         raise MismatchError(
-            f"{path}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}; "
-            f"expected A (r, in) and B (out, r) with r = {declared}"
+            f"{path}: {module} has A {a} and B {b}; expected A (r, in) and B (out, r) with r = {declared}"
         )
     alpha = float(pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"]))
-    scale = alpha / math.sqrt(declared) if config.get("use_rslora") else alpha / declared
-    return LoraPair(a, b, scale, embedding)
+    return alpha / math.sqrt(declared) if config.get("use_rslora") else alpha / declared
 
 
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -266,14 +266,22 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of one (small) safetensors file."""
-    _, entries = read_header(path)
-    data = Path(path).read_bytes()
-    return {
-        name: torch.frombuffer(bytearray(data[e.start : e.end]) or bytearray(1), dtype=torch.uint8)[: e.end - e.start]
-        .view(e.dtype)
-        .reshape(e.shape)
-        for name, e in entries.items()
-    }
+    return {name: read_entry(entry) for name, entry in read_header(path)[1].items()}
+
+
+def read_entry(entry: TensorEntry) -> Tensor:
+    """One tensor, in memory of its own."""
+    raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+    view: memoryview = raw.numpy().data
+    with open(entry.file, "rb", buffering=0) as file:
+        file.seek(entry.start)
+        done = 0
+        while done < len(view):
+            got = file.readinto(view[done:])
+            if not got:
+                raise CheckpointError(f"{entry.file} ends inside {entry.name}; it is truncated: fetch it again")
+            done += got
+    return raw.view(entry.dtype).reshape(entry.shape)
 
 
 def describe_base(

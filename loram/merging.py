@@ -7,7 +7,7 @@ product of few rows takes another path through the BLAS.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,6 @@ def merge_shards(
 
     Without `dtype` the base's headers are kept to the byte, and untouched tensors with them.
     """
-    deltas = {f"{module}.weight": TileDelta.of(pair) for module, pair in adapter.pairs.items()}
     digests: dict[str, str] = {}
     layout: dict[str, list[TensorPlan]] = {}
     for shard in checkpoint.shards:
@@ -86,7 +85,7 @@ def merge_shards(
         header = checkpoint.headers[shard.name] if same else plan_header(plans, read_metadata(shard))
         with ShardWriter(out / shard.name, header) as writer:
             for entry, plan in zip(entries, plans, strict=True):
-                for rows in merged_tiles(checkpoint, entry, plan.dtype, deltas):
+                for rows in merged_tiles(checkpoint, entry, plan.dtype, adapter):
                     writer.write(rows)
                     advance(rows.numel() * rows.element_size())
         digests[shard.name] = writer.sha256
@@ -100,11 +99,16 @@ def target_dtype(entry: TensorEntry, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and entry.dtype in FLOATS else entry.dtype
 
 
-def merged_tiles(
-    checkpoint: Checkpoint, entry: TensorEntry, dtype: torch.dtype, deltas: Mapping[str, TileDelta]
-) -> Iterator[Tensor]:
+def merged_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
+    """Bytes of the merged weights."""
+    return sum(TensorPlan(e.name, target_dtype(e, dtype), e.shape).nbytes for e in checkpoint.entries.values())
+
+
+def merged_tiles(checkpoint: Checkpoint, entry: TensorEntry, dtype: torch.dtype, adapter: Adapter) -> Iterator[Tensor]:
     """The tensor's rows, in order, with its update added; NaN and Inf are refused."""
-    delta = deltas.get(entry.name)
+    module = entry.name.removesuffix(".weight")
+    updated = entry.name.endswith(".weight") and module in adapter.pairs
+    delta = TileDelta.of(adapter.pairs[module]) if updated else None
     for start, tile in checkpoint.tiles(entry.name):
         if delta is None:
             yield tile.to(dtype)

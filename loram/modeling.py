@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from loram.artifact import read_json
-from loram.checkpoint import BY_FLAG
+from loram.checkpoint import BY_FLAG, find_shards
 from loram.errors import CheckpointError, DataError, FamilyError
 from loram.families import FAMILIES, Family, family_of, is_small_config
 from loram.families.small import WIDTHS_KEY
@@ -96,7 +96,9 @@ def load_small(path: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedMod
 def load_model(path: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> PreTrainedModel:
     """A large or small model. `dtype`: auto (the checkpoint's), bf16, fp16, fp32, or a torch dtype."""
     kwargs["dtype"] = BY_FLAG.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    kwargs.setdefault("low_cpu_mem_usage", True)
+    kwargs = {"low_cpu_mem_usage": True, "use_safetensors": True, "trust_remote_code": False} | kwargs
+    if Path(path).is_dir():
+        find_shards(Path(path))  # says it better than transformers does
     classes = classes_in(path)
     loader: Any = classes[1] if classes else AutoModelForCausalLM
     hf_logging: Any = transformers_logging
@@ -135,7 +137,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     classes = classes_in(path)
     config = {"config": classes[0].from_pretrained(str(path))} if classes else {}
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), **config)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **config)
     except Exception as error:
         raise DataError(
             f"{path} has no usable tokenizer ({str(error).strip().splitlines()[0][:200]}); "

@@ -79,6 +79,11 @@ class PlanOptions(CutOptions):
     checkpointing: bool = option(True, "Plan with activation checkpointing.", flags=("--gradient-checkpointing",))
     dtype: str = option("bf16", "Dtype that training computes in.", choices=DTYPES)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rank", "batch", "max_length"):
+            require(getattr(self, name) >= 1, f"--{flag(name)} is {getattr(self, name)}; it must be 1 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(CutOptions, WritingOptions):
@@ -171,6 +176,7 @@ class EvalOptions(StageOptions):
         require(self.batch >= 1, f"--batch is {self.batch}; it must be 1 or more")
         require(self.max_length >= 2, f"--max-length is {self.max_length}; it must be 2 or more")
         require(self.limit is None or self.limit >= 1, f"--limit is {self.limit}; it must be 1 or more")
+        require(self.new_tokens >= 1, f"--new-tokens is {self.new_tokens}; it must be 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ def portability(adapter: Adapter, *, complete: bool = True) -> dict[str, Verdict
     return {
         "peft": Verdict(True) if complete else fits,
         "vllm": fits if not complete else _vllm(adapter, strange, patterns),
-        "sglang": fits if not complete else _sglang(strange),
+        "sglang": fits if not complete else _sglang(adapter, strange),
         "llama_cpp": fits if not complete else _llama_cpp(adapter, strange),
     }
 
@@ -49,8 +49,12 @@ def _vllm(adapter: Adapter, strange: list[str], patterns: bool) -> Verdict:
     return Verdict(True, f"--max-lora-rank {bucket}")
 
 
-def _sglang(strange: list[str]) -> Verdict:
-    return Verdict(False, f"{strange[0]} is not served") if strange else Verdict(True)
+def _sglang(adapter: Adapter, strange: list[str]) -> Verdict:
+    if strange:
+        return Verdict(False, f"{strange[0]} is not served")
+    if not adapter.uniform:
+        return Verdict(False, "only alpha/r is read: rsLoRA and patterns come out wrong; recover with --portable")
+    return Verdict(True)
 
 
 def _llama_cpp(adapter: Adapter, strange: list[str]) -> Verdict:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from loram.artifact import read_json
 from loram.checkpoint import read_metadata, read_tensors
 from loram.errors import PruningMapError
 from loram.families import AXES, FAMILIES, Dimension, Family, Geometry, Weight
@@ -197,6 +198,20 @@ def parse_axis(name: str) -> tuple[int, str]:
     return int(parts[1]), parts[2]
 
 
+def read_geometry(file: Path, header: Mapping[str, str], family: Family, sizes: Mapping[str, int]) -> Geometry:
+    """The large model's geometry: from the header, else from the small model's config.json beside the map.
+
+    head_dim, the hidden size and the query heads per kv head are the same in both; `sizes` has the rest.
+    """
+    if "geometry" in header:
+        return Geometry(**json.loads(header["geometry"]))
+    small = family.geometry(read_json(file.parent / "config.json"))
+    whole = {parse_axis(name)[1]: size for name, size in sizes.items()}
+    kv_heads = whole.get("kv_heads", small.kv_heads)
+    heads = small.heads // small.kv_heads * kv_heads
+    return replace(small, kv_heads=kv_heads, heads=heads, mlp=whole.get("mlp", small.mlp))
+
+
 def read_map(path: str | Path) -> PruningMap:
     """The map in a folder or file, validated."""
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
@@ -215,7 +230,8 @@ def read_map(path: str | Path) -> PruningMap:
             f"{file} holds {strange[0]}: this loram works with axes only; use the version that wrote it"
         )
     try:
-        geometry, sizes = Geometry(**json.loads(header["geometry"])), json.loads(header["sizes"])
+        sizes = json.loads(header["sizes"])
+        geometry = read_geometry(file, header, FAMILIES[family], sizes)
         axes = {n: Axis(n, sizes[n], t) for n, t in ((name.removeprefix("axis."), t) for name, t in tensors.items())}
     except (KeyError, TypeError, ValueError) as error:
         raise PruningMapError(f"{file} is damaged ({type(error).__name__}: {error}); run `loram prune` again") from None

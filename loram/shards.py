@@ -84,6 +84,14 @@ class ShardWriter:
         return self._digest.hexdigest()
 
 
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """A small safetensors file, tensors in the order of their names; the same tensors always give the same bytes."""
+    plans = [TensorPlan(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
+    with ShardWriter(path, plan_header(plans)) as writer:
+        for plan in plans:
+            writer.write(tensors[plan.name])
+
+
 def plan_shards(tensors: Sequence[TensorPlan], shard_bytes: int = 4 * 2**30) -> dict[str, list[TensorPlan]]:
     """Tensors dealt to shards of at most `shard_bytes` (a larger tensor has one of its own), by file name."""
     groups: list[list[TensorPlan]] = [[]]

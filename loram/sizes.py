@@ -162,15 +162,15 @@ def calibrated_memory(config: Mapping[str, Any], samples: int, length: int, *, g
     queries = geometry.heads * geometry.head_dim
     parts = {
         "runtime": RUNTIME,
-        "embedding": geometry.vocab * geometry.hidden * 2,
-        "block": block * 2,
+        "embedding": geometry.vocab * geometry.hidden * 4,  # fp32 wherever bf16 is emulated
+        "block": block * 4,
         "second moments": (geometry.mlp**2 + queries**2) * 4 + geometry.mlp**2 * 16,
-        "hidden states": samples * length * geometry.hidden * 2 * 3,
+        "hidden states": samples * length * geometry.hidden * 4 * 2,
         "activations": 4 * length * (geometry.mlp * 3 + geometry.hidden * 4) * 4,
     }
     if gradients:
-        parts["model and gradients"] = counts.total * 2 + counts.linear * 2
-        parts["logits"] = length * geometry.vocab * 10
+        parts["model and gradients"] = (counts.total + counts.linear) * 4
+        parts["logits"] = length * geometry.vocab * 12
     return MemoryPlan(parts)
 
 

@@ -139,6 +139,8 @@ class LoopOptions(WritingOptions):
         require(0 < self.epochs < math.inf, f"--epochs is {self.epochs}; it must be more than 0 and finite")
         require(self.max_length >= 2, f"--max-length is {self.max_length}; it must be 2 or more")
         require(self.lr > 0 and math.isfinite(self.lr), f"--lr is {self.lr}; it must be a positive number")
+        require(self.clip >= 0, f"--clip is {self.clip}; it must be 0 or more")
+        require(self.weight_decay >= 0, f"--weight-decay is {self.weight_decay}; it must be 0 or more")
         require(self.warmup >= 0, f"--warmup is {self.warmup}; it must be 0 or more")
         ratio = self.lora_plus_ratio
         require(ratio is None or 1 <= ratio < math.inf, f"--lora-plus-ratio is {ratio}; it must be 1 or more")

@@ -7,6 +7,7 @@ did to the small model afterwards.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ def identity_gap(
 ) -> float:
     """Largest logit difference between the two sides of the identity, relative to the largest logit.
 
-    `tokens` is (rows, length). Both sides are computed in fp32, one model in memory at a time.
+    `tokens` is (rows, length). Both sides are computed in fp32; about three copies of the large model are in memory.
     """
     model = load_model(large, dtype="fp32")
     model.train(False)
@@ -75,10 +76,13 @@ def apply_adapter(weights: dict[str, Tensor], adapter: Adapter) -> None:
         weights[name] = weights[name] + (delta.T if pair.embedding else delta)
 
 
-def nonzero_share(adapter: Adapter) -> tuple[float, list[str]]:
-    """Share of modules whose update is not zero, and the modules whose is."""
-    dead = [m for m, pair in adapter.pairs.items() if not bool(pair.a.any()) or not bool(pair.b.any())]
-    return 1 - len(dead) / len(adapter.pairs), dead
+def nonzero_shares(adapter: Adapter) -> dict[str, float]:
+    """Per decoder layer (and per module outside the layers): share of its modules whose update is not zero."""
+    found: dict[str, list[bool]] = {}
+    for module, pair in adapter.pairs.items():
+        match = re.search(r"layers\.\d+", module)
+        found.setdefault(match[0] if match else module, []).append(bool(pair.a.any()) and bool(pair.b.any()))
+    return {place: sum(alive) / len(alive) for place, alive in found.items()}
 
 
 def _module(name: str) -> str:

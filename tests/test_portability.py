@@ -29,7 +29,7 @@ def adapter(modules: tuple[str, ...] = ("q_proj", "down_proj"), rank: int = 8, *
     [
         (adapter(), set()),
         (adapter(("qkv_proj", "gate_up_proj")), set()),
-        (adapter(use_rslora=True), {"llama_cpp"}),
+        (adapter(use_rslora=True), {"sglang", "llama_cpp"}),
         (adapter(rank_pattern={"q_proj": 8}), {"vllm"}),
         (adapter(alpha_pattern={"q_proj": 16}), {"vllm"}),
         (adapter(("embed_tokens", "q_proj")), {"vllm", "sglang", "llama_cpp"}),

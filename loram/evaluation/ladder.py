@@ -14,10 +14,7 @@ SMALL_ADAPTER = "small + adapter"
 RECOVERED = "large + recovered"
 CEILING = "ceiling"
 ORDER = (BASE, SMALL, SMALL_ADAPTER, RECOVERED, CEILING)
-ADVICE = (
-    "put more of the task's text into --calibration, cut less (and make up for it with --quantize nf4), "
-    "or train more steps"
-)
+ADVICE = "put more of the task's text into --calibration, cut less, or train more steps"
 
 
 @dataclass(frozen=True)

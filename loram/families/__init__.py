@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from loram.errors import FamilyError
-from loram.families.family import AXES, CONFIG_AXES, Dimension, Family, Geometry, Segment, Weight
+from loram.families.family import AXES, Dimension, Family, Geometry, Segment, Weight
 from loram.families.gemma3 import GEMMA3
 from loram.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from loram.families.phi3 import PHI3
 
 __all__ = [
     "AXES",
-    "CONFIG_AXES",
     "FAMILIES",
     "Dimension",
     "Family",

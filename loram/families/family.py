@@ -16,7 +16,6 @@ from loram.errors import FamilyError
 
 AXES = ("kv_heads", "mlp")
 REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-CONFIG_AXES = {"kv_heads": "num_key_value_heads", "mlp": "intermediate_size"}
 
 
 @dataclass(frozen=True)
@@ -85,11 +84,6 @@ class Weight:
     def has_bias(self, config: Mapping[str, Any]) -> bool:
         """Whether this model's config gives the module a bias."""
         return bool(config.get(self.bias, False)) if isinstance(self.bias, str) else self.bias
-
-    @property
-    def axis(self) -> str | None:
-        """The axis on either dimension, if any: what couples this weight with others."""
-        return next((s.axis for s in (*self.rows, *self.columns) if s.axis), None)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class EvalResult(StageResult):
             body["tasks"] = self.tasks
         if self.ladder is not None:
             body |= {"ladder": self.ladder.to_json(), "verdict": self.ladder.verdict()}
+            body["gain_stderr"] = self.ladder.gain_stderr
         return body
 
     def summary(self) -> str:

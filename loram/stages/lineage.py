@@ -25,7 +25,9 @@ from loram.pruning_map import FILE as MAP_FILE
 from loram.pruning_map import PruningMap, read_map
 
 CARRIED = ("tokenizer*", "chat_template*", "special_tokens_map.json", "vocab*", "merges.txt", "spiece.model")
-TOKENIZER_FILES = (*CARRIED, "added_tokens.json", "generation_config.json")
+ADAPTER_FILES = (*CARRIED, "generation_config.json")
+MODEL_FILES = (*CARRIED, "added_tokens.json", "generation_config.json")
+"""Files that go with a model; an adapter carries the tokenizer's alone (SGLang stumbles over added_tokens.json)."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,6 @@ class SmallSource:
     pruning_map: PruningMap
     base: Base
     compression: tuple[str, ...]
-    parent: Parent
 
 
 def small_source(adapter: str | Path, small: str | Path | None) -> SmallSource:
@@ -70,10 +71,7 @@ def small_source(adapter: str | Path, small: str | Path | None) -> SmallSource:
             )
     if source.base is None:
         raise InputError(f"{place}/loram.json does not name the large model; it is damaged: run the stage again")
-    digest = manifest.digest() if manifest else ""
-    return SmallSource(
-        chosen, moved(source.base, place, folder), source.compression, Parent("small-adapter", digest, str(folder))
-    )
+    return SmallSource(chosen, moved(source.base, place, folder), source.compression)
 
 
 def check_digest(folder: str | Path, pruning_map: PruningMap, recorded: str | None) -> str:
@@ -122,7 +120,7 @@ def check_base(expected: Base, folder: str | Path) -> str:
     return f"{expected.id} {found.weights_fingerprint[:12]}"
 
 
-def copy_files(source: str | Path, target: str | Path, patterns: tuple[str, ...] = TOKENIZER_FILES) -> None:
+def copy_files(source: str | Path, target: str | Path, patterns: tuple[str, ...] = ADAPTER_FILES) -> None:
     """Copy the files of these patterns that a folder has."""
     for pattern in patterns:
         for file in sorted(Path(source).glob(pattern)):

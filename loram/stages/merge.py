@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loram.adapter import Adapter, check_finite, expected_modules, load_adapter
+from loram.adapter import Adapter, check_finite, check_init, expected_modules, load_adapter
 from loram.artifact import Manifest, check_output, drafting, read_manifest, write_json
 from loram.checkpoint import BY_FLAG, Checkpoint, describe_base
 from loram.errors import KindError, MismatchError, OptionError
 from loram.families import family_of, is_small_config
 from loram.memory import check_disk, format_bytes, peak_bytes
-from loram.merging import check_mergeable, merge_shards
+from loram.merging import check_mergeable, merge_shards, merged_bytes
 from loram.options import MergeOptions
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
@@ -50,21 +50,22 @@ def merge(options: MergeOptions, progress: Progress = SILENT) -> MergeResult:
             f"{options.adapter} is a {manifest.kind}; `loram merge` works on an adapter of the large model: "
             f"run `loram recover {options.adapter} -o ADAPTER` first"
         )
-    adapter = load_adapter(options.adapter)
+    adapter = load_adapter(options.adapter, streamed=True)
+    check_init(adapter, options.adapter)
     check_finite(adapter, options.adapter)
     base = base_folder(options, manifest)
     dtype = None if options.dtype == "same" else BY_FLAG[options.dtype]
     with Checkpoint(base) as checkpoint:
         check_fit(checkpoint, adapter, options.adapter)
-        scale = 1 if dtype is None else max(1, dtype.itemsize // 2)
+        size = merged_bytes(checkpoint, dtype)
         if not options.dry_run:
-            check_disk(options.out, checkpoint.total_bytes * scale)
-            progress.begin("merge", checkpoint.total_bytes * scale)
+            check_disk(options.out, size)
+            progress.begin("merge", size)
             write(options, checkpoint, adapter, progress)
             progress.end()
         return MergeResult(
             modules=len(adapter.pairs),
-            bytes=checkpoint.total_bytes,
+            bytes=size,
             peak_bytes=peak_bytes(),
             path=None if options.dry_run else Path(options.out),
             next_command=f"loram eval {options.out} --data FILE",

@@ -74,7 +74,7 @@ class PlanResult(StageResult):
         return None if self.memory is None else self.peaks["train"].total <= self.memory
 
     def to_json(self) -> dict[str, Any]:
-        """params.*, bytes.*, peak_bytes.*, fits, as design.md §5 names them, and more."""
+        """params.*, bytes.*, peak_bytes.*, fits, and what they are made of."""
         large, small, quantize = self.large, self.small, self.quantize
         return {
             "params": {

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loram.adapter import Adapter, LoraPair, check_finite, check_modules, expected_modules, load_adapter
+from loram.adapter import Adapter, LoraPair, check_finite, check_init, check_modules, expected_modules, load_adapter
 from loram.artifact import Manifest, check_output, drafting, read_manifest, require_kind
 from loram.errors import InputError, KindError, MismatchError
 from loram.options import ProjectOptions
@@ -42,6 +42,7 @@ def project(options: ProjectOptions, progress: Progress = SILENT) -> ProjectResu
     check_digest(options.small, pruning_map, small.pruning_map_sha256)
     check_same_base(options, small)
     adapter = load_adapter(options.adapter)
+    check_init(adapter, options.adapter)
     check_finite(adapter, options.adapter)
     projected = project_adapter(adapter, pruning_map, options.adapter)
     result = ProjectResult(

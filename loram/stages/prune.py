@@ -28,9 +28,9 @@ from loram.pruning.score import unit_scores
 from loram.pruning.selection import layer_axes
 from loram.pruning_map import Axis, PruningMap
 from loram.results import StageResult
-from loram.shards import TensorPlan, plan_header
+from loram.shards import write_tensors
 from loram.sizes import parameters
-from loram.stages.lineage import copy_files
+from loram.stages.lineage import MODEL_FILES, copy_files
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,7 @@ def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
             next_command=f"loram train {options.out} --data FILE -o ADAPTER",
         )
         if not options.dry_run:
+            check_disk(options.out, result.small * max(e.dtype.itemsize for e in checkpoint.entries.values()))
             with drafting(options.out, force=options.force, inputs=[folder]) as draft:
                 base = describe_base(folder, options.base_id, options.revision, seen_from=draft.out)
                 write(work, draft, base, progress)
@@ -159,7 +160,6 @@ def write(work: Pruning, draft: Draft, base: Base, progress: Progress) -> None:
     refitted = spilled(spill)
     pruning_map = work.map
     total = small_bytes(work.checkpoint, pruning_map)
-    check_disk(draft.path, total)
     progress.begin("cut", total)
     draft.digests.update(write_small(work.checkpoint, pruning_map, refitted, draft.path, advance=progress.advance))
     progress.end()
@@ -168,7 +168,7 @@ def write(work: Pruning, draft: Draft, base: Base, progress: Progress) -> None:
     spill.rmdir()
     pruning_map.save(draft.path)
     write_json(draft.path / "config.json", small_config(work.checkpoint.config, work.widths))
-    copy_files(work.checkpoint.folder, draft.path)
+    copy_files(work.checkpoint.folder, draft.path, MODEL_FILES)
     draft.manifest = Manifest(
         kind="small-model",
         stage="prune",
@@ -253,10 +253,8 @@ def refit_layer(work: Pruning, layer: int, moments: dict[str, Tensor], spill: Pa
             continue
         matrix = refit_matrix(moments[weight.name], kept).float()
         rows = [refit(tile, matrix) for _, tile in work.checkpoint.tiles(f"{module}.weight")]
-        tensor = torch.cat(rows)
         name = f"{module}.weight"
-        header = plan_header([TensorPlan(name, tensor.dtype, tuple(tensor.shape))])
-        (spill / f"{name}.safetensors").write_bytes(header + tensor.view(torch.uint8).numpy().tobytes())
+        write_tensors(spill / f"{name}.safetensors", {name: torch.cat(rows)})
 
 
 def spilled(spill: Path) -> Refitted:

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from loram.adapter import (
-    ABSORBING_INITS,
     Adapter,
     LoraPair,
     check_finite,
+    check_init,
     check_modules,
     expected_modules,
     load_adapter,
 )
 from loram.artifact import Draft, Manifest, check_output, drafting, read_manifest
-from loram.errors import AdapterError
+from loram.memory import check_disk
 from loram.options import RecoverOptions
 from loram.progress import SILENT, Progress
 from loram.pruning_map import PruningMap
@@ -55,6 +55,7 @@ def recover(options: RecoverOptions, progress: Progress = SILENT) -> RecoverResu
     source = None if whole else small_source(options.adapter, options.small)
     adapter = load_adapter(options.adapter)
     recovered = adapter if source is None else recover_adapter(adapter, source.pruning_map, options.adapter)
+    check_init(adapter, options.adapter)
     check_finite(recovered, options.adapter)
     if options.portable:
         recovered = recovered.portable()
@@ -69,6 +70,7 @@ def recover(options: RecoverOptions, progress: Progress = SILENT) -> RecoverResu
         next_command=f"loram verify {options.out}",
     )
     if not options.dry_run:
+        check_disk(options.out, recovered.nbytes)
         with drafting(options.out, force=options.force, inputs=inputs) as draft:
             recovered.save(draft.path, base_id)
             copy_files(options.adapter, draft.path)
@@ -78,12 +80,6 @@ def recover(options: RecoverOptions, progress: Progress = SILENT) -> RecoverResu
 
 def recover_adapter(adapter: Adapter, pruning_map: PruningMap, where: str | Path) -> Adapter:
     """The adapter in large coordinates; MismatchError where it does not fit the map."""
-    init = str(adapter.config.get("init_lora_weights", True)).lower()
-    if init.startswith(ABSORBING_INITS):
-        raise AdapterError(
-            f"{where} was initialised with {init}, which moves base weights into A and B; on the large model that part "
-            "would be added twice: train with the default init"
-        )
     expected = expected_modules(adapter.config, pruning_map.family, pruning_map.geometry)
     check_modules(adapter, pruning_map.small_shape, expected, where)
 

@@ -10,7 +10,7 @@ from typing import Any
 from loram.adapter import Adapter, check_finite, check_modules, expected_modules, load_adapter
 from loram.artifact import Manifest, find_location, read_manifest, require_folder, sha256_file
 from loram.checkpoint import Checkpoint
-from loram.errors import LoramError, OptionError
+from loram.errors import FamilyError, LoramError, OptionError
 from loram.families import family_of
 from loram.options import VerifyOptions
 from loram.portability import Verdict, portability
@@ -21,7 +21,7 @@ from loram.results import StageResult
 from loram.stages.lineage import check_base, check_digest, find_large
 from loram.stages.project import project_adapter
 from loram.stages.recover import recover_adapter
-from loram.verification import Check, identity_gap, nonzero_share
+from loram.verification import Check, identity_gap, nonzero_shares
 
 TOLERANCE = 1e-5
 
@@ -91,7 +91,7 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> VerifyResult:
     check("non-zero", lambda: look_nonzero(adapter))
     if options.numeric:
         check("identity", lambda: look_identity(options, manifest, adapter, small))
-    complete = all(c.ok for c in checks if c.name != "identity")
+    complete = all(c.ok for c in checks if c.name in ("base", "map", "modules and shapes"))
     return VerifyResult(
         checks=tuple(checks),
         portable=portability(adapter, complete=complete and (manifest is None or manifest.kind != "small-adapter")),
@@ -112,7 +112,9 @@ def ancestors(folder: Path) -> Iterator[Path]:
     manifest = read_manifest(folder)
     for parent in manifest.parents if manifest else ():
         found = find_location(parent.location, folder)
-        if found is not None:
+        known = read_manifest(found) if found is not None else None
+        # A folder that was written anew since is no ancestor any more; one that loram did not write has no digest.
+        if found is not None and parent.digest == (known.digest() if known else ""):
             yield from ancestors(found)
 
 
@@ -156,8 +158,7 @@ def fits_map(adapter: Adapter, pruning_map: PruningMap, folder: Path) -> str:
 def fits_base(adapter: Adapter, large: Path, folder: Path) -> str:
     """An adapter against the headers of the base's shards; no weight is loaded."""
     with Checkpoint(large) as checkpoint:
-        family = family_of(checkpoint.config)
-        expected = expected_modules(adapter.config, family, family.geometry(checkpoint.config))
+        expected = declared_modules(adapter, checkpoint)
 
         def shape(module: str) -> tuple[int, ...]:
             tied = module == "lm_head" and "lm_head.weight" not in checkpoint
@@ -167,12 +168,24 @@ def fits_base(adapter: Adapter, large: Path, folder: Path) -> str:
     return f"{len(adapter.pairs)} modules fit {large}"
 
 
+def declared_modules(adapter: Adapter, checkpoint: Checkpoint) -> set[str]:
+    """What target_modules names; nothing for an architecture that is not in the tables (shapes are still checked)."""
+    try:
+        family = family_of(checkpoint.config)
+    except FamilyError:
+        return set()
+    return expected_modules(adapter.config, family, family.geometry(checkpoint.config))
+
+
 def look_nonzero(adapter: Adapter) -> str:
-    """An adapter that changes nothing was not trained."""
-    share, dead = nonzero_share(adapter)
-    if not share:
+    """An adapter that changes nothing was not trained; a layer that is all zero is named."""
+    shares = nonzero_shares(adapter)
+    if not any(shares.values()):
         raise OptionError("every update is zero: the adapter was not trained")
-    return f"{share:.0%} of modules" + (f"; zero: {dead[0]} …" if dead else "")
+    partial = [f"{layer} {share:.0%}" for layer, share in shares.items() if share < 1]
+    return f"{len(shares) - len(partial)} of {len(shares)} layers whole" + (
+        f"; {', '.join(partial)}" if partial else ""
+    )
 
 
 def look_identity(options: VerifyOptions, manifest: Manifest | None, adapter: Adapter, small: PruningMap | None) -> str:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from loram.errors import OptionError
 from loram.option_fields import did_you_mean, flag
 from loram.options import TrainOptions
+from loram.shards import write_tensors
 from loram.train_options import parse_layers, parse_pattern
 
 ALL_LINEAR = "all-linear"
@@ -141,7 +141,7 @@ def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
     """adapter_config.json and adapter_model.safetensors, and nothing else (peft adds a placeholder card)."""
     state: dict[str, Any] = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in sorted(state.items())}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", tensors)
     config: Any = model.peft_config["default"]
     training = config.target_modules, config.inference_mode, config.base_model_name_or_path
     # peft keeps the targets as a set, whose order differs between processes; a list keeps files equal.
