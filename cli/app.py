@@ -20,7 +20,7 @@ from loram.version import __version__
 
 from .console import Console
 from .failures import Cancelled, describe
-from .options import Invocation, command, normalize, restore_argument_help, stub
+from .options import Invocation, StageCommand, command, normalize, restore_argument_help, stub
 from .recipes import build_options, descriptions
 
 CONTEXT = {"token_normalize_func": normalize, "help_option_names": ["-h", "--help"]}
@@ -49,7 +49,7 @@ def root(
 
 def run_stage(call: Invocation) -> int:
     """Check the options, run the stage, print its result; the exit code."""
-    console = Console(json=call.json, quiet=call.quiet, verbose=call.verbose)
+    console = Console(json=call.json, quiet=call.quiet or follower(), verbose=call.verbose and not follower())
     options = build_options(call)
     from loram.stages import stage_function
 
@@ -58,8 +58,14 @@ def run_stage(call: Invocation) -> int:
             result = stage_function(call.stage)(options, progress)
     except KeyboardInterrupt as interrupt:  # typer would turn it into a silent exit
         raise Cancelled from interrupt
-    console.result(result)
+    if not follower():
+        console.result(result)
     return result.exit_code
+
+
+def follower() -> bool:
+    """Whether a launcher started this process beside a first one, which does the talking."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def recipes(
@@ -68,7 +74,7 @@ def recipes(
     quiet: QuietFlag = False,
     verbose: VerboseFlag = False,
 ) -> int:
-    """List the packaged recipes, or print one: `loram recipes quickstart > mine.yaml`."""
+    """List the packaged recipes, or print one."""
     console = Console(json=json, quiet=quiet, verbose=verbose)
     if name is not None:
         text = recipe_text(name)
@@ -81,7 +87,7 @@ def recipes(
 
 
 def doctor(json: JsonFlag = False, quiet: QuietFlag = False, verbose: VerboseFlag = False) -> int:
-    """Say what this machine and installation have; nothing secret, good to paste into an issue."""
+    """What this machine and installation have, for bug reports."""
     from .doctor import examine
 
     report = examine()
@@ -91,11 +97,12 @@ def doctor(json: JsonFlag = False, quiet: QuietFlag = False, verbose: VerboseFla
 
 def parser(verb: str | None) -> Any:
     """The command tree. Only `verb` gets its options (None: all do); the others are but names in the help."""
-    app = typer.Typer(name="loram", help=HELP, epilog=EPILOG, context_settings=CONTEXT, rich_markup_mode="rich")
+    app = typer.Typer(name="loram", help=HELP, epilog=EPILOG, context_settings=CONTEXT, rich_markup_mode=None)
     app.callback()(root)
     for stage, kind in SECTIONS.items():
         full = verb in (None, stage)
-        app.command(stage, context_settings=CONTEXT)(command(stage, kind, run_stage) if full else stub(kind))
+        function = command(stage, kind, run_stage) if full else stub(kind)
+        app.command(stage, cls=StageCommand, context_settings=CONTEXT)(function)
     app.command("recipes", context_settings=CONTEXT)(recipes)
     app.command("doctor", context_settings=CONTEXT)(doctor)
     group: Any = typer.main.get_command(app)
@@ -120,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (Exception, KeyboardInterrupt) as error:
         sentence, code = describe(error)
+        if follower():
+            sentence = f"process {os.environ['RANK']}: {sentence}"
         Console(verbose=bool({"-v", "--verbose"} & set(words))).error(sentence, error)
         return code
 

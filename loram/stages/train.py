@@ -23,6 +23,7 @@ from loram.pruning_map import FILE as MAP_FILE
 from loram.results import StageResult
 from loram.stages.lineage import copy_files, moved, parent_of
 from loram.stages.resuming import earlier_result, identity_of, is_same_run, open_session, writing
+from loram.stages.watching import held_out, watch_of
 from loram.training.checkpoints import RUNNING, discard, set_aside
 from loram.training.loop import Session, TrainingRun, finished_run, fit
 from loram.training.lora import save_adapter, wrap
@@ -54,37 +55,40 @@ class TrainResult(StageResult):
         }
 
     def summary(self) -> str:
-        """Two lines: what was trained on, and what came of it."""
+        """What came of it; what was trained on has been said before."""
         if self.run is None:
             return f"{self.data}\nnothing was trained (--dry-run)"
         return (
-            f"{self.data}\n{self.run.steps} steps: training loss {self.run.loss_first:.3f} → {self.run.loss_last:.3f}, "
+            f"{self.run.steps} steps: training loss {self.run.loss_first:.3f} → {self.run.loss_last:.3f}, "
             f"{self.run.tokens_per_second:,.0f} tokens/s, peak {format_bytes(self.run.peak_bytes)}"
         )
 
 
 def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
     """Train LoRA on `options.data` and write a PEFT folder: a small-adapter, or an adapter of a plain model."""
-    inputs = (options.model, *options.data)
+    connect()
+    inputs = (options.model, *options.data, *options.eval_data)
     earlier = earlier_result(options)
     out = check_output(options.out, inputs, force=options.force or earlier is not None)
     folder, small = trainable(options.model)
     sources = read_sources(options.data, options.columns)
     tokenizer = load_tokenizer(folder)
-    rows, summary = encode(sources, tokenizer, within_context(options.max_length, read_config(folder)))
+    length = within_context(options.max_length, read_config(folder))
+    rows, summary = encode(sources, tokenizer, length)
     logger.info("%s", summary)
+    rows, held = held_out(options, rows, tokenizer, length)
+    watch = watch_of(options, held, folder, small)
     if options.dry_run:
         return TrainResult(data=summary)
-    now = identity_of(options, rows, folder)
+    now = identity_of(options, [*rows, *held], folder)
     command = f"loram verify {out}" if small is None else f"loram recover {out} -o {out}-large"
     if earlier is not None and is_same_run(earlier, now):
         run = finished_run(out)
         logger.info("%s is finished already, at step %d; to train it anew add --force", out, run.steps)
         return TrainResult(path=out, next_command=command, data=summary, run=run)
     check_output(out, inputs, force=options.force)
-    connect()
     with stop_on_signals() as stop:
-        session = open_session(options, out, now, stop)
+        session = open_session(options, out, now, stop, watch)
         with writing(options, out) as draft:
             draft.manifest = replace(manifest_of(options, folder, small, out), training=now)
             run = train_into(draft, folder, rows, options, session, progress)

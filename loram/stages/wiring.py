@@ -100,7 +100,12 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
 def inputs_of(options: StageOptions) -> tuple[str, ...]:
     """The folders and files that options name."""
     named = [getattr(options, key, None) for key in ("model", "adapter", "small", "small_adapter", "base", "ceiling")]
-    listed = [*getattr(options, "data", ()), *(part.partition("=")[0] for part in getattr(options, "calibration", ()))]
+    held = getattr(options, "eval_data", ())
+    listed = [
+        *getattr(options, "data", ()),
+        *held,
+        *(part.partition("=")[0] for part in getattr(options, "calibration", ())),
+    ]
     return tuple(str(item) for item in (*named, *listed) if item)
 
 
