@@ -24,7 +24,7 @@ def hub_failure(error: Exception, repo: str, doing: str) -> LoramError:
     names = {kind.__name__ for one in chain for kind in type(one).__mro__}
     status = next((found for one in chain if (found := status_of(one)) is not None), None)
     if "LocalEntryNotFoundError" in names and status is None:
-        why = "HF_HUB_OFFLINE is set" if "OfflineModeIsEnabled" in names else "the Hub cannot be reached"
+        why = "the Hub cannot be reached" + (" (HF_HUB_OFFLINE is set)" if "OfflineModeIsEnabled" in names else "")
         return HubError(
             f"{repo} is neither a folder nor in the Hub cache, and {why}; check the path, or go online and try again"
         )
