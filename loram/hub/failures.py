@@ -22,6 +22,12 @@ def hub_failure(error: Exception, repo: str, doing: str) -> LoramError:
     if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in chain):
         return ResourceError(f"the disk is full while fetching {repo}; free some space or move HF_HOME")
     names = {kind.__name__ for one in chain for kind in type(one).__mro__}
+    status = next((found for one in chain if (found := status_of(one)) is not None), None)
+    if "LocalEntryNotFoundError" in names and status is None:
+        why = "the Hub cannot be reached" + (" (HF_HUB_OFFLINE is set)" if "OfflineModeIsEnabled" in names else "")
+        return HubError(
+            f"{repo} is neither a folder nor in the Hub cache, and {why}; check the path, or go online and try again"
+        )
     if "OfflineModeIsEnabled" in names:
         return HubError(f"HF_HUB_OFFLINE is set, so the Hub was not asked for {repo}; unset it, or give a folder")
     if "LocalTokenNotFoundError" in names:
@@ -32,11 +38,11 @@ def hub_failure(error: Exception, repo: str, doing: str) -> LoramError:
         )
     if "RevisionNotFoundError" in names:
         return HubError(f"{repo} has no such revision (404); give a branch, a tag or a commit that it has")
-    status = next((found for one in chain if (found := status_of(one)) is not None), None)
     if status is not None:
         return HubError(status_sentence(status, repo, doing, "RepositoryNotFoundError" in names))
     if is_network(chain):
-        return HubError(f"the Hub cannot be reached to {doing} {repo} ({reason(chain[-1])}); go online and {AGAIN}")
+        again = "try again" if doing == "read" else AGAIN
+        return HubError(f"the Hub cannot be reached to {doing} {repo} ({reason(chain[-1])}); go online and {again}")
     return HubError(f"the Hub client could not {doing} {repo}: {reason(error)}")
 
 

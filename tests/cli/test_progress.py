@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from loram.progress import SILENT
 from loram_cli.progress import LineProgress, LiveProgress, clock, count_text, figures_text
 
 
@@ -69,3 +70,27 @@ def test_counts_of_bytes_and_own_memory() -> None:
     assert count_text(3, 40) == "3/40"
     assert count_text(2**30, 2**32) == "1.00/4.00 GiB"
     assert figures_text({"lr": 1e-4}).startswith("lr 1.00e-04")
+
+
+@pytest.mark.parametrize(("typed", "answer"), [("y", True), ("Yes ", True), ("", False), ("n", False)])
+def test_a_question_is_answered_by_typing(typed: str, answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", Terminal(typed + "\n"))
+    stream = io.StringIO()
+    assert LiveProgress(Console(file=stream, force_terminal=True)).ask("upload?") is answer
+    assert "upload? [y/N]" in stream.getvalue()
+
+
+def test_nobody_is_asked_where_nobody_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    stream = io.StringIO()
+    assert LiveProgress(Console(file=stream, force_terminal=True)).ask("upload?") is None
+    assert LineProgress(Console(file=stream)).ask("upload?") is None
+    assert SILENT.ask("upload?") is None
+    assert stream.getvalue() == ""
+
+
+class Terminal(io.StringIO):
+    """A standard input at which somebody types."""
+
+    def isatty(self) -> bool:
+        return True

@@ -481,6 +481,15 @@ def test_an_adapter_that_peft_wrote(push: Callable[..., Answer], hub: FakeHub, p
     shutil.rmtree(place / "plain")
 
 
+def test_nothing_is_sent_twice(push: Callable[..., Answer], hub: FakeHub) -> None:
+    hub.fail("POST", "/commit/", 500)
+    assert push().code == 5
+    assert [method for method, _ in hub.requests].count("PUT") == 1
+    hub.failures.clear()
+    assert push().code == 0, "also without --yes: the repository is empty still"
+    assert [method for method, _ in hub.requests].count("PUT") == 1
+
+
 def test_a_merged_model_in_shards(push: Callable[..., Answer], hub: FakeHub, place: Path, tmp_path: Path) -> None:
     merged = place / "merged"
     loram.merge(place / "adapter", base=place / "base", out=merged)
