@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from loram.data_options import ReadingOptions
 from loram.option_fields import DTYPES, WritingOptions, argument, flag, option, require
 
 
@@ -28,12 +29,15 @@ class ResumeOptions(WritingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(ResumeOptions):
+class TrainOptions(ReadingOptions, ResumeOptions):
     """Train LoRA on a small model (or on any plain one)."""
 
     model: str = argument("Small model (or a plain model folder or Hub id).")
-    data: tuple[str, ...] = option((), "Training data: file or folder; may be repeated.", flags=("--dataset-name",))
-    columns: str | None = option(None, "Map data columns, e.g. prompt=question,completion=answer.")
+    data: tuple[str, ...] = option(
+        (),
+        "Training data: file, folder or Hub dataset (ORG/NAME:CONFIG@SPLIT), optionally =WEIGHT; may be repeated.",
+        flags=("--dataset-name",),
+    )
     steps: int | None = option(None, "Optimizer steps (instead of --epochs).", flags=("--max-steps",))
     epochs: float = option(1.0, "Passes over the data.", flags=("--num-train-epochs",))
     rank: int = option(8, "LoRA rank.", flags=("--lora-r",))
@@ -58,7 +62,6 @@ class TrainOptions(ResumeOptions):
     optimizer: str = option("adamw_torch", "Optimizer, by its transformers name.", flags=("--optim",))
     batch: int = option(8, "Rows in a forward pass.", flags=("--per-device-train-batch-size",))
     accumulate: int = option(1, "Forward passes per optimizer step.", flags=("--gradient-accumulation-steps",))
-    max_length: int = option(512, "Tokens in a row; longer rows are cut.", flags=("--max-seq-length",))
     dtype: str = option("auto", "Dtype to load and compute in; auto is bf16 where it pays.", choices=("auto", *DTYPES))
     checkpointing: bool = option(False, "Recompute activations to save memory.", flags=("--gradient-checkpointing",))
     log_every: int = option(10, "Log every N steps.", flags=("--logging-steps",))
@@ -71,7 +74,6 @@ class TrainOptions(ResumeOptions):
             require(getattr(self, name) >= 1, f"--{flag(name)} is {getattr(self, name)}; it must be 1 or more")
         require(self.steps is None or self.steps >= 1, f"--steps is {self.steps}; it must be 1 or more")
         require(0 < self.epochs < math.inf, f"--epochs is {self.epochs}; it must be more than 0 and finite")
-        require(self.max_length >= 2, f"--max-length is {self.max_length}; it must be 2 or more")
         require(0 <= self.dropout < 1, f"--dropout is {self.dropout}; it must be in [0, 1)")
         require(self.lr > 0 and math.isfinite(self.lr), f"--lr is {self.lr}; it must be a positive number")
         require(self.alpha > 0 and math.isfinite(self.alpha), f"--alpha is {self.alpha}; it must be positive")

@@ -11,6 +11,7 @@ from typing import Any
 
 from loram.artifact import MANIFEST, Base, Manifest, check_output, environment, read_json, read_manifest, write_json
 from loram.checkpoint import describe_base
+from loram.data.places import source_path
 from loram.errors import Interrupted, MismatchError, OutputError
 from loram.hub.download import resolve_model
 from loram.memory import format_bytes, peak_bytes, restart_peak
@@ -152,7 +153,7 @@ def open_run(options: RunOptions, model: str) -> Path:
             shutil.rmtree(folder)
         elif not (folder / RECORD).is_file():
             raise OutputError(f"{folder} exists and is not a run of loram's; choose another with -o or add --force")
-    check_output(folder, [model, *options.data, *options.eval_data], force=True)
+    check_output(folder, [model, *map(source_path, (*options.data, *options.eval_data))], force=True)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / RECORD).is_file():
         Record(folder).save()

@@ -9,6 +9,7 @@ from typing import Any
 
 from loram.artifact import read_manifest, sha256_file, sha256_json
 from loram.checkpoint import describe_base
+from loram.data.places import source_path
 from loram.errors import OptionError
 from loram.options import SECTIONS, RunOptions, StageOptions, from_mapping
 from loram.recipe import Recipe
@@ -100,7 +101,7 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
 def inputs_of(options: StageOptions) -> tuple[str, ...]:
     """The folders and files that options name."""
     named = [getattr(options, key, None) for key in ("model", "adapter", "small", "small_adapter", "base", "ceiling")]
-    listed = [*getattr(options, "data", ()), *(part.partition("=")[0] for part in getattr(options, "calibration", ()))]
+    listed = [source_path(spec) for key in ("data", "calibration") for spec in getattr(options, key, ())]
     return tuple(str(item) for item in (*named, *listed) if item)
 
 
