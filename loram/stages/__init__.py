@@ -26,6 +26,7 @@ STAGE_FUNCTIONS: dict[str, str] = {
     "verify": "loram.stages.verify:verify",
     "merge": "loram.stages.merge:merge",
     "eval": "loram.stages.evaluate:evaluate",
+    "data": "loram.stages.preview:preview",
     "run": "loram.stages.run:run",
     "demo": "loram.stages.demo:demo",
     "init": "loram.stages.init:init",
