@@ -20,7 +20,7 @@ from loram.version import __version__
 
 from .console import Console
 from .failures import Cancelled, describe
-from .options import Invocation, command, normalize, restore_argument_help, stub
+from .options import Invocation, StageCommand, command, normalize, restore_argument_help, stub
 from .recipes import build_options, descriptions
 
 CONTEXT = {"token_normalize_func": normalize, "help_option_names": ["-h", "--help"]}
@@ -68,7 +68,7 @@ def recipes(
     quiet: QuietFlag = False,
     verbose: VerboseFlag = False,
 ) -> int:
-    """List the packaged recipes, or print one: `loram recipes quickstart > mine.yaml`."""
+    """List the packaged recipes, or print one."""
     console = Console(json=json, quiet=quiet, verbose=verbose)
     if name is not None:
         text = recipe_text(name)
@@ -81,7 +81,7 @@ def recipes(
 
 
 def doctor(json: JsonFlag = False, quiet: QuietFlag = False, verbose: VerboseFlag = False) -> int:
-    """Say what this machine and installation have; nothing secret, good to paste into an issue."""
+    """What this machine and installation have, for bug reports."""
     from .doctor import examine
 
     report = examine()
@@ -91,11 +91,12 @@ def doctor(json: JsonFlag = False, quiet: QuietFlag = False, verbose: VerboseFla
 
 def parser(verb: str | None) -> Any:
     """The command tree. Only `verb` gets its options (None: all do); the others are but names in the help."""
-    app = typer.Typer(name="loram", help=HELP, epilog=EPILOG, context_settings=CONTEXT, rich_markup_mode="rich")
+    app = typer.Typer(name="loram", help=HELP, epilog=EPILOG, context_settings=CONTEXT, rich_markup_mode=None)
     app.callback()(root)
     for stage, kind in SECTIONS.items():
         full = verb in (None, stage)
-        app.command(stage, context_settings=CONTEXT)(command(stage, kind, run_stage) if full else stub(kind))
+        function = command(stage, kind, run_stage) if full else stub(kind)
+        app.command(stage, cls=StageCommand, context_settings=CONTEXT)(function)
     app.command("recipes", context_settings=CONTEXT)(recipes)
     app.command("doctor", context_settings=CONTEXT)(doctor)
     group: Any = typer.main.get_command(app)

@@ -12,16 +12,17 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
-
-from rich.console import Console as RichConsole
-from rich.table import Table
-from rich.text import Text
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
 
-from .progress import LineProgress, LiveProgress
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    from .progress import LiveProgress
 
 BAR_WIDTH = 24
 
@@ -33,8 +34,21 @@ class Console:
         self.json = json
         self.quiet = quiet
         self.verbose = verbose
-        self.out = RichConsole(highlight=False, soft_wrap=True)
-        self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._live: LiveProgress | None = None
+
+    @cached_property
+    def out(self) -> RichConsole:
+        """stdout."""
+        from rich.console import Console as RichConsole
+
+        return RichConsole(highlight=False, soft_wrap=True)
+
+    @cached_property
+    def err(self) -> RichConsole:
+        """stderr."""
+        from rich.console import Console as RichConsole
+
+        return RichConsole(stderr=True, highlight=False, soft_wrap=True)
 
     @contextmanager
     def working(self) -> Iterator[Progress]:
@@ -50,8 +64,8 @@ class Console:
             with redirect_stdout(sys.stderr):
                 yield display
         finally:
-            if isinstance(display, LiveProgress):
-                display.stop()
+            if self._live is not None:
+                self._live.stop()
             logging.captureWarnings(False)
             logger.removeHandler(handler)
 
@@ -59,7 +73,12 @@ class Console:
         """Nothing with -q, a live block on a terminal, lines otherwise."""
         if self.quiet:
             return SILENT
-        return LiveProgress(self.err) if self.err.is_terminal else LineProgress(self.err)
+        from .progress import LineProgress, LiveProgress
+
+        if not self.err.is_terminal:
+            return LineProgress(self.err)
+        self._live = LiveProgress(self.err)
+        return self._live
 
     def result(self, result: StageResult) -> None:
         """What a stage gives back; the last line is the path and what to type next."""
@@ -85,10 +104,14 @@ class Console:
     def text(self, text: str) -> None:
         """Plain text on stdout, never read as markup."""
         if text:
+            from rich.text import Text
+
             self.out.print(Text(text))
 
     def masked(self, stretches: Any, tokens: int) -> None:
         """A row of data: what carries loss is green, the rest dim; between ⟦ ⟧ where nothing is colored."""
+        from rich.text import Text
+
         if self.out.is_terminal and not self.out.no_color:
             parts = [(part.text, "bold green" if part.loss else "dim") for part in stretches]
         else:
@@ -116,6 +139,8 @@ class Console:
 
     def error(self, sentence: str, error: BaseException) -> None:
         """One line on stderr; the traceback before it with -v."""
+        from rich.text import Text
+
         if self.verbose:
             self.err.print(Text("".join(traceback.format_exception(error))))
         self.err.print(Text.assemble(("error: ", "bold red"), sentence))
@@ -129,6 +154,8 @@ class RichHandler(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
+        from rich.text import Text
+
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         self.console.print(Text(prefix + record.getMessage(), style="yellow" if prefix else ""))
 
@@ -144,6 +171,8 @@ def finite(value: Any) -> Any:
 
 def ladder_table(rows: Any, *, unicode: bool) -> Table:
     """The quality ladder: a row per model, its held-out loss with standard error, and a bar (longer is better)."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     columns = [{name: cell(row, name) for name in ("name", "loss", "stderr", "accuracy")} for row in rows]
     scored = any(row["accuracy"] is not None for row in columns)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from loram.errors import OptionError
 from loram.options import StageOptions, did_you_mean, flag
@@ -150,7 +150,7 @@ def spelled(name: str, hint: Any) -> str:
 
 
 def help_text(item: dataclasses.Field[Any]) -> str:
-    """The field's help, choices and default, with square brackets kept from being read as rich markup."""
+    """The field's help, choices and default."""
     notes = ["|".join(item.metadata.get("choices", ()))]
     default = item.default
     if default is True:
@@ -158,8 +158,14 @@ def help_text(item: dataclasses.Field[Any]) -> str:
     elif default not in (dataclasses.MISSING, None, "", (), False):
         notes.append("default: " + (",".join(default) if isinstance(default, tuple) else str(default)))
     shown = "; ".join(note for note in notes if note)
-    text = str(item.metadata.get("help", "")) + (f" ({shown})" if shown else "")
-    return re.sub(r"\[(?=[a-z#/@])", r"\\[", text)
+    return str(item.metadata.get("help", "")) + (f" ({shown})" if shown else "")
+
+
+class StageCommand(TyperCommand):
+    """A command whose positional inputs are listed once: click 8.5 and typer 0.20 both would."""
+
+    def format_arguments(self, ctx: Any, formatter: Any) -> None:
+        """Left to typer, which lists them among the options."""
 
 
 def restore_argument_help(commands: Mapping[str, Any], kinds: Mapping[str, type[StageOptions]]) -> None:

@@ -69,7 +69,7 @@ class CutOptions(StageOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(CutOptions):
-    """Does it fit? Parameters, bytes and peak memory per stage, from the config alone."""
+    """Does it fit? Parameters, bytes and peak memory of every stage."""
 
     model: str = argument("Model folder, config.json, or Hub id.")
     memory: str | None = option(None, "Memory to fit into, e.g. 24GiB: names the mildest cut that fits.")
@@ -84,7 +84,7 @@ class PlanOptions(CutOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(CutOptions, WritingOptions):
-    """Cut a large model down to a small one and keep the map between the two."""
+    """Cut a large model down to a small one, and keep the map."""
 
     model: str = argument("The large model: folder or Hub id.")
     calibration: tuple[str, ...] = option(
@@ -107,7 +107,7 @@ class RecoverOptions(WritingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectOptions(WritingOptions):
-    """Carry an adapter of the large model over to a small one: the inverse of recover."""
+    """Carry an adapter of the large model over to a small one."""
 
     adapter: str = argument("Adapter of the large model.")
     small: str = argument("The small model.")
@@ -134,7 +134,7 @@ class MergeOptions(WritingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(ReadingOptions):
-    """Held-out loss of a model, with or without an adapter; the quality ladder with --compare."""
+    """Held-out loss of a model; the quality ladder with --compare."""
 
     model: str = argument("Large model, small model, or plain model folder.")
     data: tuple[str, ...] = option(
@@ -160,7 +160,7 @@ class EvalOptions(ReadingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(WritingOptions):
-    """All sections of a recipe in order; a finished stage with the same digest is skipped."""
+    """All sections of a recipe in order, skipping what is done."""
 
     recipe: str = argument("Recipe file, or the name of a packaged one.")
     model: str | None = option(None, "The large model (recipe: run.model).")
@@ -174,7 +174,7 @@ class RunOptions(WritingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(WritingOptions):
-    """The whole pipeline on a real small model, offline, in a few minutes."""
+    """The whole pipeline on a real small model, offline."""
 
     out: str = option("loram-demo", "Folder to write; what is there already is reused.", short="-o")
     model: str | None = option(None, "Another model than the cached SmolLM2-135M.")
@@ -186,6 +186,7 @@ class DemoOptions(WritingOptions):
 class InitOptions(WritingOptions):
     """Write a recipe for a model, a data file and a memory size."""
 
+    out: str = option("recipe.yaml", "Recipe file to write.", short="-o")
     model: str = argument("The large model: folder or Hub id.")
     data: tuple[str, ...] = option((), "Training data: file or folder; may be repeated.")
     eval_data: tuple[str, ...] = option((), "Held-out data for the ladder.")

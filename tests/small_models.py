@@ -56,7 +56,7 @@ def randomize(model: Any, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.12)
 
 
 def write_adapter(model: Path, out: Path, targets: Any, seed: int = 0, **lora: Any) -> Path:

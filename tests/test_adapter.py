@@ -178,7 +178,7 @@ def test_a_pickle_or_an_incomplete_folder_is_refused(stock: Callable[[str], Path
     with pytest.raises(InputError, match="is not valid JSON"):
         load_adapter(tmp_path)
     (tmp_path / CONFIG).unlink()
-    with pytest.raises(AdapterError, match="has no adapter_config.json"):
+    with pytest.raises(AdapterError, match=r"has no adapter_config.json"):
         load_adapter(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         load_adapter(tmp_path / "gone")

@@ -7,6 +7,7 @@ such models (Gemma) compute nonsense without it.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from importlib import resources
@@ -19,6 +20,7 @@ from loram.data.places import split_weight
 from loram.data.sources import Source, read_source
 from loram.errors import DataError, OptionError
 
+logger = logging.getLogger(__name__)
 BUILTIN = "builtin"
 
 
@@ -76,9 +78,19 @@ def source_windows(source: Source, tokenizer: Any, count: int, length: int, seed
             break
         ids = encode_example(example, tokenizer)["input_ids"]
         stream += ids[len(bos) :] if ids[: len(bos)] == bos else ids
-    if len(stream) < count * body:
+    enough = len(stream) // body
+    if not enough:
         raise DataError(
-            f"calibration text {source.path} holds {len(stream)} tokens, but {count} windows of {length} need "
-            f"{count * body}; add text, or lower --samples or --length"
+            f"calibration text {source.path} holds {len(stream)} tokens, less than one window of {length}; "
+            "add text, or lower --length"
         )
+    if enough < count:
+        logger.warning(
+            "calibration text %s fills %d windows of %d tokens, not %d; more text repairs the cut better",
+            source.path,
+            enough,
+            length,
+            count,
+        )
+        count = enough
     return [torch.tensor(bos + stream[body * i : body * (i + 1)]) for i in range(count)]

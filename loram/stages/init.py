@@ -8,11 +8,12 @@ from typing import Any
 
 from loram.artifact import output_error
 from loram.errors import OptionError, OutputError, ResourceError
+from loram.families import family_of
 from loram.memory import format_bytes
 from loram.options import InitOptions, PlanOptions
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
-from loram.stages.plan import PlanResult, plan
+from loram.stages.plan import PlanResult, plan, read_model_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,10 @@ def init(options: InitOptions, progress: Progress = SILENT) -> InitResult:
     target = Path(options.out or "recipe.yaml")
     if target.exists() and not options.force:
         raise OutputError(f"{target} exists; choose another with -o or add --force")
-    result = plan(PlanOptions(model=options.model, memory=options.memory))
-    text = recipe_text(options, result)
+    layers = family_of(config := read_model_config(options.model)).geometry(config).layers
+    whole = (4, 2) if layers > 8 else (layers // 4, layers // 4)
+    result = plan(PlanOptions(model=options.model, memory=options.memory, keep_first=whole[0], keep_last=whole[1]))
+    text = recipe_text(options, result, whole)
     if not options.dry_run:
         try:
             target.write_text(text, encoding="utf-8")
@@ -51,13 +54,28 @@ def init(options: InitOptions, progress: Progress = SILENT) -> InitResult:
     )
 
 
-def recipe_text(options: InitOptions, result: PlanResult) -> str:
+def chosen_ratio(options: InitOptions, result: PlanResult) -> tuple[float, str]:
+    """The mildest ratio that trains in 16 bit within the memory, and a sentence that says why."""
+    peak = format_bytes(result.peaks["train"].total)
+    if options.memory is None:
+        return 0.5, f"Ratio 0.5: training is predicted to peak at {peak}; `--memory 24GiB` would choose for a card."
+    fitting = next((c for c in result.tried if c.quantize == "none" and c.train_bytes <= (result.memory or 0)), None)
+    if fitting is None:
+        raise ResourceError(f"no 16-bit cut of {options.model} fits into {options.memory}; give more memory")
+    size = format_bytes(fitting.train_bytes)
+    if fitting.ratio is None:
+        return (
+            0.5,
+            f"The whole model fits ({size}): `loram train` on it needs no pruning. This recipe prunes all the same.",
+        )
+    return float(fitting.ratio), f"Ratio {fitting.ratio} is the mildest that fits in 16 bit: {size} predicted."
+
+
+def recipe_text(options: InitOptions, result: PlanResult, whole: tuple[int, int]) -> str:
     """The recipe as YAML with comments."""
     import yaml
 
-    if options.memory is not None and result.choice is None:
-        raise ResourceError(f"no cut of {options.model} fits into {options.memory}; give more memory")
-    ratio = float(result.choice.ratio) if result.choice and result.choice.ratio else 0.5
+    ratio, reason = chosen_ratio(options, result)
     run: dict[str, Any] = {"model": options.model, "data": list(options.data), "eval_data": list(options.eval_data)}
     sections = {
         "run": {key: value for key, value in run.items() if value},
@@ -65,6 +83,8 @@ def recipe_text(options: InitOptions, result: PlanResult) -> str:
             "method": "structured",
             "score": "wanda",
             "ratio": ratio,
+            "keep_first": whole[0],
+            "keep_last": whole[1],
             "calibration": [*options.data, f"builtin={len(options.data)}"],
         },
         "train": {"rank": 8, "alpha": 16, "epochs": 1, "lr": 2e-4},
@@ -72,11 +92,9 @@ def recipe_text(options: InitOptions, result: PlanResult) -> str:
         "verify": {},
         "eval": {"compare": True},
     }
-    peak = format_bytes(result.peaks["train"].total)
     head = [
         f"# {options.model} on {options.memory or 'this machine'}; every key is an option of its stage.",
-        f"# Training at ratio 0.5 would peak at about {peak}."
-        + (f" Suggested: {result.choice.flags()}." if result.choice else ""),
+        f"# {reason}",
         "# Calibrating half on the training data is what makes the adapter carry over to the large model.",
     ]
     return "\n".join(head) + "\n\n" + yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)

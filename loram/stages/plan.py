@@ -134,7 +134,7 @@ def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
     large, small = count(config), count(config, widths)
     memory = None if options.memory is None else parse_bytes(options.memory)
     tried, choice = choices(options, config, memory) if memory is not None else ((), None)
-    suggested = choice.ratio if choice and choice.ratio else options.ratio
+    next((c for c in tried if memory is not None and c.quantize == "none" and c.train_bytes <= memory), None)
     return PlanResult(
         large=large,
         small=small,
@@ -151,8 +151,20 @@ def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
         choice=choice,
         tried=tried,
         notes=(*describe_uncut(geometry.kv_heads, geometry.mlp, widths), *bits_note(options, choice)),
-        next_command=f"loram prune {options.model} --ratio {suggested} -o SMALL",
+        next_command=next_command(options, memory, tried),
     )
+
+
+def next_command(options: PlanOptions, memory: int | None, tried: tuple[Choice, ...]) -> str:
+    """What this version can do next: it trains in 16 bit."""
+    if memory is None:
+        return f"loram prune {options.model} --ratio {options.ratio} -o SMALL"
+    fitting = next((c for c in tried if c.quantize == "none" and c.train_bytes <= memory), None)
+    if fitting is None:
+        return ""
+    if fitting.ratio is None:
+        return f"loram train {options.model} --data FILE -o ADAPTER"
+    return f"loram prune {options.model} --ratio {fitting.ratio} -o SMALL"
 
 
 def bits_note(options: PlanOptions, choice: Choice | None) -> list[str]:
@@ -211,16 +223,16 @@ def choices(options: PlanOptions, config: dict[str, Any], memory: int) -> tuple[
         return Choice(spelled, quantize, training_memory(config, widths, shape, quantize).total)
 
     tried = [choice(None, "none"), choice(None, "nf4")]
-    fitting = next((c for c in tried if c.train_bytes <= memory), None)
-    if fitting is not None:
-        return tuple(tried[: tried.index(fitting) + 1]), fitting
-    for ratio in STEPS:
-        try:
-            candidate = choice(ratio, "nf4")
-        except OptionError:
-            break
-        if candidate.train_bytes <= memory or ratio in (Fraction(1, 2), Fraction(13, 20), Fraction(17, 20)):
-            tried.append(candidate)
-        if candidate.train_bytes <= memory:
-            return tuple(tried), candidate
-    return tuple(tried), None
+    for quantize in ("nf4", "none"):
+        if any(c.quantize == quantize and c.train_bytes <= memory for c in tried):
+            continue
+        for ratio in STEPS:
+            try:
+                candidate = choice(ratio, quantize)
+            except OptionError:
+                break
+            if candidate.train_bytes <= memory:
+                tried.append(candidate)
+                break
+    # Without a cut beats with one; with a cut, 4 bit allows the milder one.
+    return tuple(tried), next((c for c in tried if c.train_bytes <= memory), None)

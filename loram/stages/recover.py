@@ -51,12 +51,10 @@ def recover(options: RecoverOptions, progress: Progress = SILENT) -> RecoverResu
     if not options.dry_run:
         check_output(options.out, inputs, force=options.force)
     manifest = read_manifest(options.adapter)
+    whole = manifest is not None and manifest.kind == "adapter"  # LoRA on an unpruned model: recover is the identity
+    source = None if whole else small_source(options.adapter, options.small)
     adapter = load_adapter(options.adapter)
-    if manifest is not None and manifest.kind == "adapter":
-        source, recovered = None, adapter  # LoRA on an unpruned model: recover is the identity
-    else:
-        source = small_source(options.adapter, options.small)
-        recovered = recover_adapter(adapter, source.pruning_map, options.adapter)
+    recovered = adapter if source is None else recover_adapter(adapter, source.pruning_map, options.adapter)
     check_finite(recovered, options.adapter)
     if options.portable:
         recovered = recovered.portable()

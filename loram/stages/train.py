@@ -56,11 +56,11 @@ class TrainResult(StageResult):
         }
 
     def summary(self) -> str:
-        """Two lines: what was trained on, and what came of it."""
+        """What came of it; what was trained on has been said before."""
         if self.run is None:
             return f"{self.data}\nnothing was trained (--dry-run)"
         return (
-            f"{self.data}\n{self.run.steps} steps: training loss {self.run.loss_first:.3f} → {self.run.loss_last:.3f}, "
+            f"{self.run.steps} steps: training loss {self.run.loss_first:.3f} → {self.run.loss_last:.3f}, "
             f"{self.run.tokens_per_second:,.0f} tokens/s, peak {format_bytes(self.run.peak_bytes)}"
         )
 

@@ -73,10 +73,14 @@ def test_the_seed_decides_the_order(tmp_path: Path) -> None:
     assert first == same != other
 
 
-def test_too_little_text_says_what_is_there_and_what_is_needed(tmp_path: Path) -> None:
+def test_too_little_text_says_what_is_there_and_what_is_needed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = documents(tmp_path / "a.txt", "a", 2)
-    with pytest.raises(DataError, match=r"holds 20 tokens, but 3 windows of 8 need 24; add text, or lower --samples"):
-        calibration_windows((file,), make_tokenizer(), 3, 8, seed=0)
+    assert len(calibration_windows((file,), make_tokenizer(), 3, 8, seed=0)) == 2
+    assert "fills 2 windows of 8 tokens, not 3" in caplog.text
+    with pytest.raises(DataError, match=r"holds 20 tokens, less than one window of 24; add text, or lower --length"):
+        calibration_windows((file,), make_tokenizer(), 3, 24, seed=0)
     with pytest.raises(OptionError, match="add --calibration"):
         calibration_windows((), make_tokenizer(), 3, 8, seed=0)
 

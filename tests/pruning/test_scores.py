@@ -50,7 +50,9 @@ def test_unit_scores(name: str, score: str, stock: Callable[[str], Path]) -> Non
     family = family_of(config)
     state = {key: value.double() for key, value in make(name).state_dict().items()}
     generator = torch.Generator().manual_seed(1)
-    weights = {leaf: next(v for k, v in state.items() if f".1.{_part(leaf)}.{leaf}.weight" in k) for leaf in leaves(name)}
+    weights = {
+        leaf: next(v for k, v in state.items() if f".1.{_part(leaf)}.{leaf}.weight" in k) for leaf in leaves(name)
+    }
     gradients = {leaf: torch.randn(w.shape, generator=generator).double() for leaf, w in weights.items()}
     norms = {leaf: torch.rand(w.shape[1], generator=generator).double() for leaf, w in weights.items()}
     element = {

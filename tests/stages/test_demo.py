@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from loram.errors import InputError
 from loram.options import DemoOptions
 from loram.stages.demo import demo, find_model

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from loram.artifact import read_manifest
 from loram.errors import MismatchError, OptionError, OutputError
 from loram.options import RunOptions
@@ -61,7 +62,8 @@ def test_whole_run(options: RunOptions) -> None:
     kinds = {name: read_manifest(folder / name) for name in ("prune", "train", "adapter")}
     assert [m.kind for m in kinds.values() if m] == ["small-model", "small-adapter", "adapter"]
     manifest = read_manifest(folder)
-    assert manifest is not None and manifest.kind == "run"
+    assert manifest is not None
+    assert manifest.kind == "run"
     # Half of the calibration is the user's own text without being asked for.
     prune = next(stage for stage in result.stages if stage["name"] == "prune")
     assert prune["options"]["calibration"] == [*options.data, "builtin=1"]
@@ -120,7 +122,8 @@ def test_ceiling_adds_a_rung(options: RunOptions) -> None:
     result = run(change(options, ceiling=True))
     assert [row.name for row in result.ladder.rows][-1] == "ceiling"
     manifest = read_manifest(Path(options.out) / "ceiling")
-    assert manifest is not None and manifest.kind == "adapter"
+    assert manifest is not None
+    assert manifest.kind == "adapter"
 
 
 def test_dry_run_writes_nothing(options: RunOptions) -> None:
@@ -131,7 +134,9 @@ def test_dry_run_writes_nothing(options: RunOptions) -> None:
 
 def test_killed_run_goes_on(options: RunOptions) -> None:
     """SIGKILL while it trains: what was finished is kept, the rest is done, and the result is the same."""
-    code = f"from loram.stages.run import run; from loram.options import RunOptions; run(RunOptions(**{vars(options)!r}))"
+    code = (
+        f"from loram.stages.run import run; from loram.options import RunOptions; run(RunOptions(**{vars(options)!r}))"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
     folder = Path(options.out)

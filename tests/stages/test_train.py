@@ -70,7 +70,7 @@ def test_a_small_adapter(work: Path, tmp_path: Path) -> None:
     assert body["peak_bytes"] > 0
     assert body["data"]["formats"] == ["prompt/completion"]
     assert result.next_command == f"loram recover {out} -o {out}-large"
-    assert "carry loss" in str(result)
+    assert "4 steps: training loss" in str(result)
 
 
 def test_the_adapter_is_an_ordinary_one_for_the_small_model(work: Path, tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""What runs inside a measured child: `python -m benchmarks.child JOB ARGUMENTS`.
+
+At the end the child writes its own VmHWM, and what the job returned, to the file that the launcher named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import REPORT
+
+Figures = dict[str, Any]
+
+
+def loram(*arguments: str) -> Figures:
+    """The command line, as its console script calls it."""
+    (script,) = entry_points(group="console_scripts", name="loram")
+    code = script.load()(list(arguments))
+    if code:
+        raise SystemExit(code)
+    return {}
+
+
+def floor() -> Figures:
+    """What every process with tensors holds; peaks are counted from here."""
+    for name in ("torch", "safetensors"):
+        import_module(name)
+    return {}
+
+
+def peft_merge(base: str, adapter: str, out: str) -> Figures:
+    """The usual way: load the model, load the adapter, merge, save."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+    return {}
+
+
+def make_base(size: str, name: str, folder: str) -> Figures:
+    """A random checkpoint of one of the sizes."""
+    from benchmarks.checkpoints import write_base
+    from benchmarks.sizes import SIZES
+
+    return {"parameters": write_base(getattr(SIZES[size], name), Path(folder))}
+
+
+def make_adapter(size: str, base: str, folder: str) -> Figures:
+    """A random adapter on all Linears of a checkpoint."""
+    from benchmarks.checkpoints import write_adapter
+    from benchmarks.sizes import SIZES
+
+    write_adapter(SIZES[size].checkpoint, SIZES[size].rank, base, Path(folder))
+    return {}
+
+
+def train(model: str, steps: str, batch: str, length: str, scratch: str) -> Figures:
+    """A few steps of loram's own training loop on rows of random tokens."""
+    from benchmarks.training import train_steps
+
+    return train_steps(model, int(steps), int(batch), int(length), Path(scratch))
+
+
+JOBS: dict[str, Callable[..., Figures]] = {
+    "loram": loram,
+    "floor": floor,
+    "peft-merge": peft_merge,
+    "make-base": make_base,
+    "make-adapter": make_adapter,
+    "train": train,
+}
+
+
+def peak_bytes() -> int:
+    """VmHWM of this process; 0 where the kernel does not tell (the launcher then takes ru_maxrss)."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def main(name: str, *arguments: str) -> None:
+    figures = JOBS[name](*arguments)
+    peak = peak_bytes()
+    report = figures | ({"peak": peak} if peak else {})
+    Path(os.environ[REPORT]).write_text(json.dumps(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

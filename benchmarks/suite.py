@@ -1,0 +1,206 @@
+"""The four benchmarks: what runs against what, and the goals their figures are held against."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.measure import Command, Sample, after_start, beyond, interleaved, job, ratio, run, say
+from benchmarks.sizes import SIZES, Size
+from benchmarks.training import step_flops
+
+MIB = 2**20
+FLOOR = "import torch, safetensors"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure and the most (or least) it may be; a figure without a limit is for information."""
+
+    what: str
+    value: float
+    unit: str = "×"
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the limit holds; None without one."""
+        if self.at_most is not None:
+            return self.value <= self.at_most
+        return None if self.at_least is None else self.value >= self.at_least
+
+    def to_json(self) -> dict[str, Any]:
+        """For results.json."""
+        return {**asdict(self), "value": round(self.value, 4), "met": self.met}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a benchmark came to."""
+
+    title: str
+    setting: str
+    samples: dict[str, list[Sample]]
+    goals: list[Goal]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """For results.json."""
+        runs = {name: [sample.to_json() for sample in samples] for name, samples in self.samples.items()}
+        goals = [goal.to_json() for goal in self.goals]
+        return {"title": self.title, "setting": self.setting, "goals": goals, "facts": self.facts, "runs": runs}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a benchmark runs: its size and a scratch folder."""
+
+    size_name: str
+    folder: Path
+    rounds: int | None = None
+
+    @property
+    def size(self) -> Size:
+        """The shapes and rounds."""
+        return SIZES[self.size_name]
+
+    def race(
+        self, contenders: Mapping[str, Command], outputs: Mapping[str, Path], rounds: int | None = None
+    ) -> dict[str, list[Sample]]:
+        """The contenders in turns."""
+        return interleaved(contenders, self.rounds or rounds or self.size.rounds, self.folder, outputs)
+
+    def base(self, what: str = "checkpoint") -> Path:
+        """A random model, made once: `checkpoint` to merge into and to prune, `trained` to train on."""
+        place = self.folder / what
+        if not place.is_dir():
+            say(f"  making a random model ({self.describe(what)})")
+            run(job("make-base", self.size_name, what, place), self.folder)
+        return place
+
+    def prepare(self, place: Path, *arguments: object) -> Path:
+        """What a job writes to `place`, once; it is not measured."""
+        if not place.is_dir():
+            run(job(*arguments), self.folder)
+        return place
+
+    def describe(self, what: str) -> str:
+        """The model in words."""
+        shape = getattr(self.size, what)
+        return (
+            f"random Llama in bf16: hidden {shape.hidden}, MLP {shape.mlp}, {shape.layers} layers, "
+            f"{shape.heads} heads on {shape.kv_heads} kv heads, vocabulary {shape.vocab}"
+        )
+
+
+def merge(bench: Bench) -> Outcome:
+    """`loram merge` against PEFT's merge-and-save, and against copying the files."""
+    base, adapter = bench.base(), bench.folder / "adapter"
+    bench.prepare(adapter, "make-adapter", bench.size_name, base, adapter)
+    ours, usual, copy = "loram merge", "PEFT merge_and_unload + save", "cp"
+    out = {name: bench.folder / f"merged-{number}" for number, name in enumerate((ours, usual, copy))}
+    contenders: dict[str, Command] = {
+        ours: job("loram", "merge", adapter, "--base", base, "-o", out[ours], "--quiet"),
+        usual: job("peft-merge", base, adapter, out[usual]),
+        copy: ["cp", "-r", str(base), str(out[copy])],
+        FLOOR: job("floor"),
+    }
+    samples = bench.race(contenders, out)
+    run([sys.executable, "-m", "benchmarks.compare", str(out[ours]), str(out[usual])], bench.folder)
+    for place in out.values():
+        shutil.rmtree(place)
+    goals = [
+        Goal("CPU time ÷ PEFT's", ratio(samples[ours], samples[usual], "cpu"), at_most=0.25),
+        Goal("wall time ÷ PEFT's", ratio(samples[ours], samples[usual], "wall")),
+        Goal("wall time ÷ cp's", ratio(samples[ours], samples[copy], "wall")),
+        Goal("wall time after importing torch ÷ cp's", after_start(samples[ours], samples[copy], samples[FLOOR])),
+        Goal("peak memory beyond the interpreter", beyond(samples[ours], samples[FLOOR]) / MIB, "MiB", at_most=300),
+        Goal("PEFT's peak beyond the interpreter", beyond(samples[usual], samples[FLOOR]) / MIB, "MiB"),
+    ]
+    setting = f"{bench.describe('checkpoint')}; LoRA of rank {bench.size.rank} on all Linears"
+    return Outcome("Merge an adapter", setting, samples, goals, {"same bits as PEFT, every tensor": True})
+
+
+def prune(bench: Bench) -> Outcome:
+    """Random pruning, which streams, against copying the files."""
+    base = bench.base()
+    ours, copy = "loram prune --method random", "cp"
+    out = {ours: bench.folder / "pruned", copy: bench.folder / "copied"}
+    cut = ["--method", "random", "--ratio", "0.5", "--keep-first", "1", "--keep-last", "1", "--quiet"]
+    contenders: dict[str, Command] = {
+        ours: job("loram", "prune", base, *cut, "-o", out[ours]),
+        copy: ["cp", "-r", str(base), str(out[copy])],
+        FLOOR: job("floor"),
+    }
+    samples = bench.race(contenders, out)
+    goals = [
+        Goal("wall time ÷ cp's", ratio(samples[ours], samples[copy], "wall"), at_most=2),
+        Goal("wall time after importing torch ÷ cp's", after_start(samples[ours], samples[copy], samples[FLOOR])),
+        Goal("CPU time ÷ cp's", ratio(samples[ours], samples[copy], "cpu")),
+        Goal("peak memory beyond the interpreter", beyond(samples[ours], samples[FLOOR]) / MIB, "MiB", at_most=400),
+    ]
+    return Outcome("Prune at random", f"{bench.describe('checkpoint')}; ratio 0.5", samples, goals)
+
+
+def train(bench: Bench) -> Outcome:
+    """Whether a step on the small model is faster by as much as it has fewer operations."""
+    large, small = bench.base("trained"), bench.folder / "trained-small"
+    cut = ["--method", "random", "--ratio", "0.5", "--keep-first", "1", "--keep-last", "1", "--quiet"]
+    bench.prepare(small, "loram", "prune", large, *cut, "-o", small)
+    size = bench.size
+    step = (size.steps, size.batch, size.length, bench.folder / "steps")
+    contenders: dict[str, Command] = {
+        "step on the large model": job("train", large, *step),
+        "step on the small model": job("train", small, *step),
+    }
+    samples = bench.race(contenders, {})
+    ours, theirs = samples["step on the small model"], samples["step on the large model"]
+    flops = step_flops(config_of(large), size.length) / step_flops(config_of(small), size.length)
+    faster = {what: step_ratio(theirs, ours, what) for what in ("cpu_step", "wall_step")}
+    goals = [
+        Goal("operations, large ÷ small", flops),
+        Goal("tokens per CPU second, small ÷ large", faster["cpu_step"]),
+        Goal("tokens per second, small ÷ large", faster["wall_step"]),
+        Goal("gain in tokens per CPU second ÷ gain in operations", faster["cpu_step"] / flops, "", at_least=0.95),
+    ]
+    setting = (
+        f"{bench.describe('trained')}; small: ratio 0.5; LoRA of rank 8, {size.batch} rows of {size.length} tokens, "
+        "head and loss included"
+    )
+    seconds = {name: median(run.figures["cpu_step"] for run in runs) for name, runs in samples.items()}
+    facts = {"dtype": ours[0].figures["dtype"]} | {f"{name}, CPU s": f"{value:.3f}" for name, value in seconds.items()}
+    return Outcome("A training step", setting, samples, goals, facts)
+
+
+def config_of(folder: Path) -> Any:
+    """A model's raw config."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def step_ratio(first: list[Sample], second: list[Sample], what: str) -> float:
+    """Median over the rounds of first ÷ second, for a reported figure."""
+    return float(median(a.figures[what] / b.figures[what] for a, b in zip(first, second, strict=True)))
+
+
+def show_help(bench: Bench) -> Outcome:
+    """`loram --help` against the import that any typer program pays for."""
+    script = Path(sys.executable).with_name("loram")
+    command = [str(script)] if script.is_file() else [sys.executable, "-m", "loram_cli"]
+    ours, bare = "loram --help", "python -c 'import typer'"
+    contenders: dict[str, Command] = {ours: [*command, "--help"], bare: [sys.executable, "-c", "import typer"]}
+    samples = bench.race(contenders, {}, bench.size.help_rounds)
+    goals = [
+        Goal("CPU time ÷ import typer's", ratio(samples[ours], samples[bare], "cpu"), at_most=3),
+        Goal("wall time", median(sample.wall for sample in samples[ours]), "s"),
+    ]
+    return Outcome("Answer --help", "nothing heavy may be imported", samples, goals)
+
+
+SUITE: dict[str, Callable[[Bench], Outcome]] = {"merge": merge, "prune": prune, "train": train, "help": show_help}

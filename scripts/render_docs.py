@@ -1,0 +1,158 @@
+"""Write the parts of the documentation that are figures: `scripts/render_docs.py [--check]`.
+
+    docs/benchmarks.md              from benchmarks/results.json  (python -m benchmarks)
+    docs/quality.md                 from docs/ladders/*.json      (scripts/record_ladder.py)
+    the table in README, plan.md    from docs/configs/*.json, by the planner itself
+
+`--check` writes nothing and fails where a page is not what its figures render to.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import render as benchmark_page  # noqa: E402  (the checkout is no package of its own)
+
+GIB = 2**30
+CARD = 24 * GIB
+CUTS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("0.5", {"ratio": "0.5"}),
+    ("0.65", {"ratio": "0.65"}),
+    ("0.85", {"ratio": "0.85"}),
+    ("0.85 + 4 bit", {"ratio": "0.85", "quantize": "nf4"}),
+)
+MARKS = re.compile(r"(<!-- fits: .*?-->\n).*?(<!-- /fits -->)", re.DOTALL)
+
+QUALITY = """<!-- Written by scripts/render_docs.py from docs/ladders/*.json; do not edit. -->
+# Quality
+
+Held-out loss in nats a token, lower is better, with the standard error over rows. Only *large + recovered* against
+*base* says whether the large model got better; the small rungs explain why. *Ceiling* is LoRA trained on the large
+model itself with the same options, where that was done.
+
+Record a run of your own with `scripts/record_ladder.py` and render this page with `scripts/render_docs.py`.
+
+"""
+
+
+def fits_table() -> str:
+    """Predicted peak memory of training, in GiB, for the configs in docs/configs: one planner call per cell."""
+    head = ["model", "parameters", "plain LoRA", *(name for name, _ in CUTS)]
+    rows = [fits_row(file) for file in sorted((ROOT / "docs" / "configs").glob("*.json"), key=parameters)]
+    return "\n".join([line(head), "|---|---:|" + "---:|" * (len(CUTS) + 1), *map(line, rows)]) + "\n"
+
+
+def parameters(config: Path) -> int:
+    """How big the model is."""
+    large: int = plan_json(config)["params"]["large"]
+    return large
+
+
+def fits_row(config: Path) -> list[str]:
+    """A model's cells; what fits a 24 GiB card is bold."""
+    plain = next(item.train_bytes for item in planned(config, memory="1000GiB").tried if item.ratio is None)
+    peaks = [plain, *(plan_json(config, **flags)["peak_bytes"]["train"] for _, flags in CUTS)]
+    return [config.stem, f"{parameters(config) / 1e9:.1f} B", *map(cell, peaks)]
+
+
+def cell(peak: int) -> str:
+    """GiB, bold where it fits."""
+    return f"**{peak / GIB:.1f}**" if peak <= CARD else f"{peak / GIB:.1f}"
+
+
+def planned(config: Path, **options: Any) -> Any:
+    """What `loram plan` says."""
+    import loram
+
+    return loram.plan(config, **options)
+
+
+def plan_json(config: Path, **options: str) -> dict[str, Any]:
+    """The same as `loram plan --json`."""
+    body: dict[str, Any] = planned(config, **options).to_json()
+    return body
+
+
+def line(cells: list[str]) -> str:
+    """A row of a table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def quality_page() -> str:
+    """The recorded ladders, the newest first."""
+    files = sorted((ROOT / "docs" / "ladders").glob("*.json"))
+    ladders = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    ladders.sort(key=lambda ladder: str(ladder["date"]), reverse=True)
+    return QUALITY + "\n".join(ladder_section(ladder) for ladder in ladders)
+
+
+def ladder_section(ladder: dict[str, Any]) -> str:
+    """One run: what was done, the ladder, what it took, how to do it again."""
+    scored = any(row.get("accuracy") is not None for row in ladder["rows"])
+    head = ["model", "loss", "± stderr", *(["exact match"] if scored else [])]
+    stages = ", ".join(f"{stage['name']} {stage['seconds']:.0f} s" for stage in ladder["stages"])
+    peak = max(stage["peak_bytes"] for stage in ladder["stages"]) / GIB
+    settings = ", ".join(f"{name} {value}" for name, value in ladder["settings"].items())
+    lines = [
+        f"## {ladder['title']}",
+        "",
+        f"{ladder['model']} on {ladder['task']}: {settings}.",
+        "",
+        line(head),
+        "|---|" + "---:|" * (len(head) - 1),
+        *(line(ladder_row(row, scored)) for row in ladder["rows"]),
+        "",
+        f"{ladder['verdict'][:1].upper()}{ladder['verdict'][1:]}.",
+        "",
+        f"Took {stages}; at most {peak:.1f} GiB. {ladder['machine']}. {ladder['date']}, commit `{ladder['commit']}`:",
+        "",
+        "```console",
+        *(f"$ {command}" for command in ladder["commands"]),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def ladder_row(row: dict[str, Any], scored: bool) -> list[str]:
+    """A rung."""
+    right = [] if not scored else ["" if row.get("accuracy") is None else f"{row['accuracy']:.1%}"]
+    return [row["name"], f"{row['loss']:.4f}", f"{row['stderr']:.4f}", *right]
+
+
+def with_fits(page: Path) -> str:
+    """A page with its table of sizes renewed."""
+    return MARKS.sub(lambda found: found[1] + fits_table() + found[2], page.read_text(encoding="utf-8"))
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "docs/benchmarks.md": lambda: benchmark_page.page(benchmark_page.load()),
+    "docs/quality.md": quality_page,
+    "docs/plan.md": lambda: with_fits(ROOT / "docs" / "plan.md"),
+    "README.md": lambda: with_fits(ROOT / "README.md"),
+}
+
+
+def main(*arguments: str) -> int:
+    stale = []
+    for name, render in PAGES.items():
+        page, text = ROOT / name, render()
+        if not page.is_file() or page.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if "--check" not in arguments:
+                page.write_text(text, encoding="utf-8")
+    verb = "is not what its figures render to; run scripts/render_docs.py" if "--check" in arguments else "written"
+    sys.stdout.write("".join(f"{name} {verb}\n" for name in stale))
+    return int(bool(stale) and "--check" in arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))

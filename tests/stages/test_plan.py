@@ -1,0 +1,131 @@
+"""plan: from the config alone; what fits, what does not, and what to type."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stock_models import VARIANTS, make, raw_config
+
+from loram.errors import FamilyError, HubError, InputError, OptionError
+from loram.options import PlanOptions, PruneOptions
+from loram.stages.plan import PlanResult, plan
+from loram.stages.prune import prune
+
+GIB = 2**30
+LLAMA_13B = {
+    "model_type": "llama",
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LLAMA_13B))
+    return file
+
+
+def planned(model: Path, **changes: Any) -> PlanResult:
+    return plan(PlanOptions(model=str(model), **changes))
+
+
+def test_a_config_file_or_its_folder_is_enough(config: Path) -> None:
+    body = planned(config).to_json()
+    assert body == planned(config.parent).to_json()
+    assert json.loads(json.dumps(body)) == body
+    assert body["params"]["large"] == 13015864320
+    assert body["bytes"]["large"] == 2 * 13015864320
+    assert set(body["peak_bytes"]) == {"prune", "align", "train", "recover", "merge"}
+    assert body["fits"] is None
+    assert [path.name for path in config.parent.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_is_planned_is_what_prune_makes(name: str, stock: Callable[[str], Path], tmp_path: Path) -> None:
+    cut: dict[str, Any] = {"ratio": "0.6", "keep_first": 1, "keep_last": 0}
+    found = planned(stock(name), **cut)
+    made = prune(PruneOptions(model=str(stock(name)), out=str(tmp_path / "small"), method="random", **cut))
+    assert (found.large.total, found.small.total) == (made.large, made.small)
+    assert found.large.total == sum(value.numel() for value in make(name).parameters())
+    uncut = "attention is not cut: there is one kv head"
+    assert (uncut in found.notes) == (uncut in str(found)) == name.endswith("-mqa")
+
+
+def test_memory_names_the_mildest_that_fits(config: Path) -> None:
+    whole = planned(config, memory="200GiB")
+    assert whole.choice is not None
+    assert (whole.choice.ratio, whole.choice.quantize) == (None, "none")
+    four_bit = planned(config, memory="12GiB")
+    assert four_bit.choice is not None
+    assert (four_bit.choice.ratio, four_bit.choice.quantize) == (None, "nf4")
+    previous = 0.0
+    for memory in (7, 6, 5, 4, 3):
+        result = planned(config, memory=f"{memory}GiB")
+        assert result.choice is not None
+        assert result.choice.quantize == "nf4"
+        assert result.choice.train_bytes <= memory * GIB
+        ratio = float(result.choice.ratio or 0)
+        assert ratio >= previous
+        previous = ratio
+        assert result.fits is False  # at the default ratio in 16 bit
+        milder = planned(config, ratio=f"{ratio - 0.05:.2f}", quantize="nf4") if ratio > 0.05 else None
+        assert milder is None or milder.peaks["train"].total > memory * GIB
+        assert "← suggested" in str(result)
+    assert previous > 0.3
+    nothing = planned(config, memory="1GiB")
+    assert nothing.choice is None
+    assert nothing.fits is False
+    assert "no cut fits" in str(nothing)
+
+
+def test_peaks_move_with_what_they_are_made_of(config: Path) -> None:
+    plain = planned(config).peaks["train"].total
+    assert planned(config, ratio="0.65").peaks["train"].total < plain
+    assert planned(config, quantize="nf4").peaks["train"].total < plain
+    assert planned(config, batch=4).peaks["train"].total > plain
+    assert planned(config, max_length=2048).peaks["train"].total > plain
+    assert planned(config, checkpointing=False).peaks["train"].total > plain
+    assert planned(config, rank=64).peaks["train"].total > plain
+    assert planned(config, score="magnitude").peaks["prune"].total <= 400 * 2**20
+    assert planned(config, method="random").peaks["prune"].total <= 400 * 2**20
+    assert planned(config).peaks["merge"].total <= 400 * 2**20
+    assert planned(config, score="taylor").peaks["prune"].total > 2 * 13015864320
+    assert all(part >= 0 for peak in planned(config).peaks.values() for part in peak.parts.values())
+
+
+@pytest.mark.parametrize("memory", ["", "abc", "24XB", "-3GiB"])
+def test_a_size_that_is_none_is_refused(memory: str, config: Path) -> None:
+    with pytest.raises(OptionError, match="expected a size such as 24GiB"):
+        planned(config, memory=memory)
+
+
+def test_what_cannot_be_planned_is_refused(config: Path, tmp_path: Path) -> None:
+    for body, error, message in [
+        ([], InputError, "is not a JSON object"),
+        ({"model_type": "mixtral"}, FamilyError, "mixture of experts"),
+        ({"model_type": "loram_llama"}, FamilyError, "is a small model; plan for the large one"),
+        ({"model_type": "llama"}, FamilyError, "hidden_size is missing"),
+    ]:
+        config.write_text(json.dumps(body))
+        with pytest.raises(error, match=message):
+            planned(config)
+    with pytest.raises(InputError, match="does not exist"):
+        planned(tmp_path / "gone")
+    with pytest.raises(HubError, match="cannot be reached"):
+        planned(Path("nobody/nothing"))
+
+
+def test_no_weight_is_read(stock: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(raw_config(stock("phi3-gqa"))))
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    assert planned(tmp_path, keep_first=1, keep_last=0).large.total > 0

@@ -1,0 +1,162 @@
+"""The benchmarks: what they count, how they compare, and that the page says what was measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from safetensors.numpy import save_file
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the checkout's benchmarks are no part of the package
+
+from benchmarks import compare, measure, render, training  # noqa: E402
+from benchmarks.sizes import SIZES, Shape  # noqa: E402
+from benchmarks.suite import SUITE, Goal, Outcome  # noqa: E402
+
+SAMPLE = measure.Sample
+
+
+def entry(size: str = "full") -> dict[str, Any]:
+    """A benchmark as it stands in results.json."""
+    outcome = Outcome(
+        "A title",
+        "some setting",
+        {"ours": [SAMPLE(1, 2, 300 * 2**20), SAMPLE(3, 4, 500 * 2**20), SAMPLE(2, 3, 400 * 2**20)]},
+        [
+            Goal("time", 0.2, at_most=0.25),
+            Goal("memory", 301, "MiB", at_most=300),
+            Goal("gain", 0.96, "", at_least=0.95),
+            Goal("for information", 7),
+        ],
+        {"same bits": True},
+    )
+    conditions = {
+        "size": size,
+        "date": "2026-01-01",
+        "commit": "abc",
+        "command": "python -m benchmarks",
+        "machine": "a machine",
+        "versions": {"torch": "2"},
+    }
+    body: dict[str, Any] = json.loads(json.dumps(outcome.to_json() | {"conditions": conditions}))
+    return body
+
+
+def test_the_page_says_what_was_measured() -> None:
+    text = render.page({"merge": entry()})
+    assert "| time | 0.20× | ≤ 0.25×: met |" in text
+    assert "| memory | 301 MiB | ≤ 300 MiB: **missed** |" in text
+    assert "| gain | 0.96 | ≥ 0.95: met |" in text
+    assert "| for information | 7.00× |  |" in text
+    assert "| ours | 2.00 | 3.00 | 400 | 3 |" in text
+    assert "Same bits: yes." in text
+    assert "`python -m benchmarks` on 2026-01-01, commit `abc`. a machine. torch 2." in text
+    assert "smoke run" not in text
+
+
+def test_a_smoke_run_is_never_judged() -> None:
+    text = render.page({"merge": entry("tiny")})
+    assert "smoke run" in text
+    assert "met" not in text.partition("## A title")[2].replace("title", "")
+    assert "missed" not in text
+
+
+def test_the_terminal_table() -> None:
+    lines = render.table({"merge": entry()}).splitlines()
+    assert lines[0].split() == ["benchmark", "figure", "measured", "goal"]
+    assert lines[2].split() == ["merge", "memory", "301", "MiB", "≤", "300", "MiB:", "missed"]
+
+
+def test_the_committed_page_is_rendered_from_the_committed_results() -> None:
+    results = render.load()
+    assert list(results) == [name for name in SUITE if name in results]
+    assert results
+    assert render.PAGE.read_text(encoding="utf-8") == render.page(results)
+
+
+def test_contenders_take_turns_and_leave_no_old_output(tmp_path: Path) -> None:
+    order = tmp_path / "order"
+    out = tmp_path / "out"
+    contenders = {
+        "first": ["sh", "-c", f"echo first >> {order}; mkdir {out}"],  # fails where the folder is still there
+        "second": ["sh", "-c", f"echo second >> {order}"],
+    }
+    samples = measure.interleaved(contenders, 3, tmp_path, {"first": out})
+    assert order.read_text().split() == ["first", "second", "second", "first", "first", "second"]
+    assert {name: len(runs) for name, runs in samples.items()} == {"first": 3, "second": 3}
+
+
+def test_cpu_and_wall_time_are_told_apart(tmp_path: Path) -> None:
+    asleep = measure.run(["sleep", "0.3"], tmp_path)
+    assert asleep.wall >= 0.3
+    assert asleep.cpu < 0.2
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    assert measure.run([sys.executable, "-c", burn], tmp_path).cpu >= 0.3
+
+
+def test_a_failing_contender_is_not_a_fast_one(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ended with 3:\nno such luck"):
+        measure.run(["sh", "-c", "echo no such luck; exit 3"], tmp_path)
+
+
+def test_the_peak_is_the_childs_own(tmp_path: Path) -> None:
+    """A child of a big parent would start at the parent's peak; so the launcher is a process of its own."""
+    script = (
+        "import sys; from pathlib import Path; from benchmarks.measure import job, run; import benchmarks.__main__\n"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)\n"
+        f"print(run(job('floor'), Path({str(tmp_path)!r})).peak, run(['true'], Path({str(tmp_path)!r})).peak)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    floor, nothing = map(int, done.stdout.split())
+    assert nothing < 60 * 2**20 < 120 * 2**20 < floor < 600 * 2**20
+
+
+def test_ratios_are_medians_of_rounds() -> None:
+    ours = [SAMPLE(1, 1, 0), SAMPLE(8, 8, 0), SAMPLE(3, 3, 0)]
+    theirs = [SAMPLE(2, 2, 0), SAMPLE(2, 2, 0), SAMPLE(4, 4, 0)]
+    assert measure.ratio(ours, theirs, "cpu") == 0.75
+
+
+def test_compare_finds_one_bit(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    weights = {name: numpy.arange(6, dtype=numpy.float32).reshape(2, 3) for name in ("a", "b", "c")}
+    for folder in (one, two):
+        folder.mkdir()
+    save_file({"a": weights["a"]}, one / "1.safetensors")
+    save_file({"b": weights["b"], "c": weights["c"]}, one / "2.safetensors")
+    save_file(weights, two / "model.safetensors")
+    assert compare.differences(one, two) == []
+    changed = weights["b"].copy()
+    changed[1, 2] = numpy.nextafter(changed[1, 2], 9)
+    save_file(weights | {"b": changed, "c": weights["c"].reshape(3, 2)}, two / "model.safetensors")
+    assert compare.differences(one, two) == ["b", "c"]
+    save_file({"a": weights["a"], "b": weights["b"]}, two / "model.safetensors")
+    assert compare.differences(one, two) == ["c"]
+
+
+def test_operations_of_a_step_by_hand() -> None:
+    shape = Shape(hidden=8, mlp=20, layers=2, heads=4, kv_heads=2, vocab=50)
+    whole = 2 * 8 * 8 + 2 * 4 * 8 + 3 * 8 * 20
+    lora = 2 * (8 + 8) + 2 * (4 + 8) + 3 * (8 + 20)
+    expected = 4 * (2 * whole + 50 * 8) + 6 * 3 * 2 * lora + 2 * 8 * 4 * 16 * 3
+    assert training.step_flops(shape.config(), length=16, rank=3) == expected
+    cut = shape.config() | {"model_type": "loram_llama", "loram_widths": {"kv_heads": [2, 1], "mlp": [20, 10]}}
+    half = 2 * 4 * 8 + 2 * 2 * 8 + 3 * 8 * 10
+    thin = 2 * (4 + 8) + 2 * (2 + 8) + 3 * (8 + 10)
+    expected = 4 * (whole + half + 50 * 8) + 6 * 3 * (lora + thin) + (8 + 4) * 4 * 16 * 3
+    assert training.step_flops(cut, length=16, rank=3) == expected
+
+
+def test_every_size_has_a_model_that_can_be_cut() -> None:
+    for size in SIZES.values():
+        for shape in (size.checkpoint, size.trained):
+            assert shape.hidden % shape.heads == 0
+            assert shape.heads % shape.kv_heads == 0
+            assert shape.kv_heads >= 2
+            assert shape.layers > 2
