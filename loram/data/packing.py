@@ -2,13 +2,15 @@
 
 Best-fit decreasing: rows from the longest to the shortest, each into the fullest pack that still has room.
 Isolation comes from transformers: where positions begin anew and there is neither a cache nor an attention mask,
-its masks let no token look into another row. `refuse_leaks` makes sure of it on the very model.
+its masks let no token look into another row. `isolation` makes sure of it on the very model.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+
+from loram.data.encoding import EncodedRow
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -25,3 +27,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             packs[number].append(row)
             insort(room, (left - lengths[row], number))
     return packs
+
+
+def packed(rows: Sequence[EncodedRow], capacity: int) -> list[list[EncodedRow]]:
+    """The rows themselves, in packs."""
+    return [[rows[number] for number in numbers] for numbers in pack([len(row["input_ids"]) for row in rows], capacity)]

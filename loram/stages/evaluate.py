@@ -110,6 +110,7 @@ def exam_of(options: EvalOptions, model: Path) -> Exam:
         new_tokens=options.new_tokens,
         tasks=options.tasks,
         limit=options.limit,
+        packed_to=length if options.packing else None,
     )
 
 

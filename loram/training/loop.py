@@ -7,6 +7,7 @@ Trainer has run would pull accelerate's state from under it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
 from loram.artifact import read_json
-from loram.data.collate import IGNORED, collate
+from loram.data.collate import IGNORED, collate, collate_packs
 from loram.data.encoding import EncodedRow
+from loram.data.isolation import refuse_leaks
+from loram.data.packing import packed
 from loram.device import peak_bytes, reset_peak, resolve_dtype
 from loram.errors import Interrupted, OptionError, ResourceError
 from loram.option_fields import command_line
@@ -28,6 +31,8 @@ from loram.training.metrics import METRICS, StepReport, read_metrics
 from loram.training.processes import is_writer
 from loram.training.signals import StopRequest
 from loram.training.trainer import CheckpointingTrainer, SaveAndStop, load_weights
+
+logger = logging.getLogger(__name__)
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -114,8 +119,8 @@ def train(
     trainer = CheckpointingTrainer(
         model=model,
         args=training_arguments(options, folder),
-        train_dataset=rows,
-        data_collator=collate,
+        train_dataset=packed_for(model, rows, options) if options.packing else rows,
+        data_collator=collate_packs if options.packing else collate,
         compute_loss_func=mean_token_loss,
         callbacks=[report, saver],
     )
@@ -128,6 +133,14 @@ def train(
             f"out of GPU memory at step {len(report.losses) + 1} with --batch {options.batch} and --max-length "
             f"{options.max_length}; lower --batch (and raise --accumulate), or add --checkpointing"
         ) from error
+
+
+def packed_for(model: nn.Module, rows: list[EncodedRow], options: TrainOptions) -> list[list[EncodedRow]]:
+    """The rows in packs of --max-length tokens; OptionError where the model would not keep them apart."""
+    refuse_leaks(model, max(len(row["input_ids"]) for row in rows))
+    packs = packed(rows, options.max_length)
+    logger.info("packing: %s rows in %s of %d tokens", f"{len(rows):,}", f"{len(packs):,}", options.max_length)
+    return packs
 
 
 def begin_metrics(report: StepReport, folder: Path, start: Checkpoint | None) -> None:
