@@ -74,9 +74,10 @@ class Encoder:
         if not any(used):
             places = named([example.place for example in source.rows], source.path)
             longest = max(self.lengths[-len(used) :], default=0)
-            why = "is within" if self.drop_long and longest > self.max_length else "has a token with loss within"
+            shorter = self.drop_long and longest > self.max_length
+            why = "is within --max-length" if shorter else "has a token with loss within --max-length"
             raise DataError(
-                f"none of the {len(used)} rows of {source.path} ({places}) {why} --max-length {self.max_length} "
+                f"none of the {len(used)} rows of {source.path} ({places}) {why} {self.max_length} "
                 f"(the longest row has {longest} tokens); raise --max-length"
             )
 

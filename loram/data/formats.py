@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from loram.data.readers import type_name
@@ -57,13 +56,13 @@ class Format:
     optional: tuple[str, ...] = ()
 
 
-def detect(row: dict[str, Any], file: Path | str) -> Format:
+def detect(row: dict[str, Any], place: str) -> Format:
     """The first format whose columns the row has."""
     for item in FORMATS:
         if all(name in row for name in item.columns):
             return item
     raise DataError(
-        f"{file} has the columns {', '.join(map(str, row)) or '(none)'}, which is no format loram knows "
+        f"{place} has the columns {', '.join(map(str, row)) or '(none)'}, which is no format loram knows "
         f"({KNOWN_FORMATS}); map them with e.g. --columns prompt=question,completion=answer"
     )
 

@@ -56,7 +56,7 @@ def read_source(name: str | Path, columns: str | None = None, system: str | None
         rows = found_rows if is_text else renamed(found_rows, mapping)
         if not rows:
             continue
-        found = detect(rows[0][1], origin)
+        found = detect(rows[0][1], rows[0][0])
         built = [found.build(place, row) for place, row in rows]
         kept = [example for example in built if example.text is None or example.text.strip()]
         format_name = "documents" if is_text else found.name

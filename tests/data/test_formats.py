@@ -124,7 +124,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     "empty.jsonl": (b"\n\n", r"holds no rows"),
     "empty.csv": (b"text\n", r"holds no rows"),
     "blank.jsonl": (b'{"text": " "}\n', r"holds no rows \(1 blank ones\)"),
-    "unknown.jsonl": (b'{"foo": "a", "bar": 1}\n', r"columns foo, bar.*instruction, output.*--columns prompt="),
+    "unknown.jsonl": (
+        b'{"foo": "a", "bar": 1}\n',
+        r"unknown\.jsonl:1 has the columns foo, bar.*instruction, output.*--columns prompt=",
+    ),
     "array.jsonl": (b"[1, 2]\n", r"array\.jsonl:1: a list; expected an object"),
     "number.jsonl": (b'{"prompt": "a", "completion": 3}\n', r"number\.jsonl:1: column 'completion' is a number"),
     "null.jsonl": (b'{"text": "a"}\n{"text": null}\n', r"null\.jsonl:2: column 'text' is a null"),

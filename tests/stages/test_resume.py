@@ -264,3 +264,11 @@ def test_run_stops_there_and_goes_on_there(work: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     assert (tmp_path / "run" / "adapter" / "loram.json").is_file()
     assert found == lines(work / "undisturbed")
+
+
+def test_a_packed_run_goes_on_too(work: Path, tmp_path: Path) -> None:
+    packing = {"packing": True, "max_length": 40}
+    train(options(work, tmp_path / "undisturbed", **packing))
+    stop_at(work, tmp_path / "out", 4, **packing)
+    train(options(work, tmp_path / "out", **packing))
+    assert_undisturbed(tmp_path, tmp_path / "out")

@@ -103,9 +103,11 @@ def test_losses_equal_a_hand_written_loop_however_the_batch_is_accumulated(tmp_p
     assert run.peak_bytes > 0
 
 
-def test_packing_changes_no_loss_and_counts_no_padding(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packing_changes_no_loss_and_counts_no_padding(tmp_path: Path, checkpointing: bool) -> None:
     rows = some_rows(12)
-    run = train_tiny(tmp_path, rows, batch=12, steps=5, warmup=2.0, packing=True, max_length=24)
+    packing = {"packing": True, "max_length": 24, "checkpointing": checkpointing}
+    run = train_tiny(tmp_path, rows, batch=12, steps=5, warmup=2.0, **packing)
     expected = by_hand(rows, steps=5, lr=1e-2, warmup=2)
     torch.testing.assert_close([line["loss"] for line in records(tmp_path)], expected, rtol=1e-5, atol=1e-5)
     assert run.tokens == 5 * sum(len(row["input_ids"]) for row in rows)
