@@ -49,7 +49,7 @@ def root(
 
 def run_stage(call: Invocation) -> int:
     """Check the options, run the stage, print its result; the exit code."""
-    console = Console(json=call.json, quiet=call.quiet, verbose=call.verbose)
+    console = Console(json=call.json, quiet=call.quiet or follower(), verbose=call.verbose and not follower())
     options = build_options(call)
     from loram.stages import stage_function
 
@@ -58,8 +58,14 @@ def run_stage(call: Invocation) -> int:
             result = stage_function(call.stage)(options, progress)
     except KeyboardInterrupt as interrupt:  # typer would turn it into a silent exit
         raise Cancelled from interrupt
-    console.result(result)
+    if not follower():
+        console.result(result)
     return result.exit_code
+
+
+def follower() -> bool:
+    """Whether a launcher started this process beside a first one, which does the talking."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def recipes(
@@ -121,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (Exception, KeyboardInterrupt) as error:
         sentence, code = describe(error)
+        if follower():
+            sentence = f"process {os.environ['RANK']}: {sentence}"
         Console(verbose=bool({"-v", "--verbose"} & set(words))).error(sentence, error)
         return code
 

@@ -34,6 +34,7 @@ SCHEMA = 1
 MANIFEST = "loram.json"
 SEAL = "checksums.json"  # written last into a checkpoint; one without it is not whole
 UNHASHED = (MANIFEST, "loram.log", "metrics.jsonl")  # the last two hold times: they say when, not what
+TRACKED = "logs"  # what trackers such as TensorBoard write into an artifact
 KINDS = ("small-model", "small-adapter", "adapter", "merged-model", "run")
 FIRST_STAGE = {
     "small-model": "loram prune MODEL -o SMALL",
@@ -117,7 +118,8 @@ class Draft:
         assert self.manifest is not None, "a stage must set draft.manifest"
         for file in sorted(self.path.rglob("*")):
             name = file.relative_to(self.path).as_posix()
-            if file.is_file() and name not in UNHASHED and name not in self.digests:
+            noted = name in UNHASHED or name.startswith(TRACKED + "/") or name in self.digests
+            if file.is_file() and not noted:
                 self.digests[name] = sha256_file(file)
         manifest = replace(self.manifest, files=dict(sorted(self.digests.items())), environment=environment())
         write_json(self.path / MANIFEST, manifest.to_json())

@@ -27,6 +27,15 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def available_bytes() -> int:
+    """Memory that new work may take without swapping, as the kernel reckons; a huge number where it does not say."""
+    try:
+        match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
+    except OSError:
+        match = None
+    return int(match[1]) * 1024 if match else 2**60
+
+
 def parse_bytes(text: str) -> int:
     """'24GiB', '24 GB', '800M' → bytes; a bare number below 10000 means GiB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())

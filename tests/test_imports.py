@@ -29,7 +29,7 @@ SIBLINGS = {
     "options": {"errors", "families", "option_fields", "data_options", "train_options"},
     "option_fields": {"errors"},
     "data_options": {"option_fields"},
-    "train_options": {"option_fields", "data_options"},
+    "train_options": {"errors", "option_fields", "data_options"},
     "families": {"errors"},
     "memory": {"errors"},
     "checkpoint": {"artifact"},
@@ -45,7 +45,8 @@ NO_TORCH = {
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "lm_eval", "flwr", "matplotlib"}
 
 SOURCES = sorted([*(ROOT / "loram").rglob("*.py"), *(ROOT / "cli").rglob("*.py")])
-LORAM = [file for file in SOURCES if file.is_relative_to(ROOT / "loram") and file != ROOT / "loram" / "__init__.py"]
+ENTRANCES = {ROOT / "loram" / "__init__.py", ROOT / "loram" / "__main__.py"}
+LORAM = [file for file in SOURCES if file.is_relative_to(ROOT / "loram") and file not in ENTRANCES]
 
 
 def module_name(file: Path) -> str:

@@ -19,8 +19,7 @@ from loram.data.isolation import refuse_leaks
 from loram.data.packing import pack
 from loram.errors import MismatchError
 from loram.progress import SILENT, Progress
-
-CHUNK = 512  # positions whose logits exist at a time: 128 MiB in fp32 at a vocabulary of 65 536
+from loram.training.cross_entropy import capped, chunk_rows, soft_cap
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,11 @@ def batch_losses(model: Any, inputs: dict[str, torch.Tensor], owner: torch.Tenso
     targets = inputs["labels"][:, 1:]
     carry = targets != IGNORED
     kept, wanted = hidden[:, :-1][carry], targets[carry]
+    step = chunk_rows(int(inner.config.vocab_size))
     losses = torch.cat(
         [
-            nn.functional.cross_entropy(
-                head_logits(inner, kept[i : i + CHUNK]), wanted[i : i + CHUNK], reduction="none"
-            )
-            for i in range(0, len(kept), CHUNK)
+            nn.functional.cross_entropy(head_logits(inner, kept[i : i + step]), wanted[i : i + step], reduction="none")
+            for i in range(0, len(kept), step)
         ]
     )
     sums = torch.zeros(int(owner.max()) + 1, dtype=torch.float64, device=losses.device)
@@ -110,9 +108,7 @@ def batch_losses(model: Any, inputs: dict[str, torch.Tensor], owner: torch.Tenso
 
 def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """fp32 logits of some positions, with the soft cap that some configs name."""
-    logits: torch.Tensor = model.get_output_embeddings()(hidden).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    return capped(model.get_output_embeddings()(hidden).float(), soft_cap(model))
 
 
 def summarize(losses: RowLosses) -> Loss:

@@ -17,11 +17,12 @@ from loram.training.checkpoints import differences, discard, find_start, identit
 from loram.training.loop import Session
 from loram.training.processes import done_by_writer, is_writer
 from loram.training.signals import StopRequest
+from loram.training.watching import Watch
 
 logger = logging.getLogger(__name__)
 
 
-def open_session(options: TrainOptions, out: Path, now: dict[str, Any], stop: StopRequest) -> Session:
+def open_session(options: TrainOptions, out: Path, now: dict[str, Any], stop: StopRequest, watch: Watch) -> Session:
     """The newest good checkpoint of this very run, if there is one; all processes get the same."""
 
     def begin() -> Any:
@@ -32,7 +33,7 @@ def open_session(options: TrainOptions, out: Path, now: dict[str, Any], stop: St
     start = done_by_writer(begin)
     if start is not None:
         logger.info("going on at step %d (%s)", start.step, start.folder)
-    return Session(start, now, stop)
+    return Session(start, now, stop, watch)
 
 
 def identity_of(options: TrainOptions, rows: list[EncodedRow], folder: Path) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def identity_of(options: TrainOptions, rows: list[EncodedRow], folder: Path) -> 
 def writing(options: TrainOptions, out: Path) -> Iterator[Draft]:
     """The draft of OUT, which process 0 finishes and puts in place; the others get the folder and leave it alone."""
     if is_writer():
-        inputs = (options.model, *map(source_path, options.data))
+        inputs = (options.model, *map(source_path, (*options.data, *options.eval_data)))
         with drafting(out, force=options.force, inputs=inputs, keep_partial=True) as draft:
             yield draft
     else:

@@ -25,6 +25,7 @@ from loram.pruning_map import FILE as MAP_FILE
 from loram.results import StageResult
 from loram.stages.lineage import copy_files, moved, parent_of
 from loram.stages.resuming import earlier_result, identity_of, is_same_run, open_session, writing
+from loram.stages.watching import held_out, watch_of
 from loram.training.checkpoints import RUNNING, discard, set_aside
 from loram.training.loop import Session, TrainingRun, finished_run, fit
 from loram.training.lora import save_adapter, wrap
@@ -67,24 +68,29 @@ class TrainResult(StageResult):
 
 def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
     """Train LoRA on `options.data` and write a PEFT folder: a small-adapter, or an adapter of a plain model."""
-    inputs = (options.model, *map(source_path, options.data))
+    connect()
+    inputs = (options.model, *map(source_path, (*options.data, *options.eval_data)))
     earlier = earlier_result(options)
     out = check_output(options.out, inputs, force=options.force or earlier is not None)
     folder, small = trainable(options.model)
-    rows, summary = training_rows(options, folder)
+    tokenizer = load_tokenizer(folder)
+    length = within_context(options.max_length, read_config(folder))
+    sources = weighted(read_sources(options.data, options.columns, options.system, weights=True), options.seed)
+    rows, summary = encode(sources, tokenizer, length, long=options.long, stops=stop_tokens(folder, tokenizer))
     logger.info("%s", summary)
+    rows, held = held_out(options, rows, tokenizer, length)
+    watch = watch_of(options, held, folder, small)
     if options.dry_run:
         return TrainResult(data=summary)
-    now = identity_of(options, rows, folder)
+    now = identity_of(options, [*rows, *held], folder)
     command = f"loram verify {out}" if small is None else f"loram recover {out} -o {out}-large"
     if earlier is not None and is_same_run(earlier, now):
         run = finished_run(out)
         logger.info("%s is finished already, at step %d; to train it anew add --force", out, run.steps)
         return TrainResult(path=out, next_command=command, data=summary, run=run)
     check_output(out, inputs, force=options.force)
-    connect()
     with stop_on_signals() as stop:
-        session = open_session(options, out, now, stop)
+        session = open_session(options, out, now, stop, watch)
         with writing(options, out) as draft:
             draft.manifest = replace(manifest_of(options, folder, small, out), training=now)
             run = train_into(draft, folder, rows, options, session, progress)
@@ -111,14 +117,6 @@ def trainable(model: str) -> tuple[Path, Manifest | None]:
             f"{model} is a {manifest.kind}; `loram train` works on a small model (`loram prune`) or a plain one"
         )
     return folder, manifest
-
-
-def training_rows(options: TrainOptions, folder: Path) -> tuple[list[EncodedRow], DataSummary]:
-    """The rows that are trained on, each as often as its source's weight says."""
-    sources = weighted(read_sources(options.data, options.columns, options.system, weights=True), options.seed)
-    tokenizer = load_tokenizer(folder)
-    length = within_context(options.max_length, read_config(folder))
-    return encode(sources, tokenizer, length, long=options.long, stops=stop_tokens(folder, tokenizer))
 
 
 def train_into(

@@ -101,7 +101,8 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
 def inputs_of(options: StageOptions) -> tuple[str, ...]:
     """The folders and files that options name."""
     named = [getattr(options, key, None) for key in ("model", "adapter", "small", "small_adapter", "base", "ceiling")]
-    listed = [source_path(spec) for key in ("data", "calibration") for spec in getattr(options, key, ())]
+    lists = ("data", "eval_data", "calibration")
+    listed = [source_path(spec) for key in lists for spec in getattr(options, key, ())]
     return tuple(str(item) for item in (*named, *listed) if item)
 
 

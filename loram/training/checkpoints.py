@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 PREFIX = "checkpoint-"
 IDENTITY = "run.json"
-RUNNING = {"resume", "save_every", "keep_checkpoints"}
+RUNNING = {"resume", "save_every", "keep_checkpoints", "report_to"}
 """Options that say how a run is kept going, and nothing about what comes out."""
-FREE = {"out", "force", "dry_run", "log_every", "model", "data", "columns"} | RUNNING
+FREE = {"out", "force", "dry_run", "log_every", "model", "data", "eval_data", "columns"} | RUNNING
 """Options that may change between a run and its continuation; model and data are compared by content."""
 
 

@@ -8,16 +8,20 @@ Trainer has run would pull accelerate's state from under it.
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
-from loram.artifact import read_json
-from loram.data.collate import IGNORED, collate, collate_packs
+from loram.artifact import TRACKED, read_json
+from loram.data.collate import collate, collate_packs
 from loram.data.encoding import EncodedRow
 from loram.data.isolation import refuse_leaks
 from loram.data.packing import packed
@@ -27,10 +31,12 @@ from loram.option_fields import command_line
 from loram.options import TrainOptions
 from loram.progress import SILENT, Progress
 from loram.training.checkpoints import FOLDER, Checkpoint
+from loram.training.cross_entropy import without_logits
 from loram.training.metrics import METRICS, StepReport, read_metrics
 from loram.training.processes import is_writer
 from loram.training.signals import StopRequest
 from loram.training.trainer import CheckpointingTrainer, SaveAndStop, load_weights
+from loram.training.watching import Watch, Watcher, restore_best
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +63,7 @@ class Session:
     start: Checkpoint | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     stop: StopRequest = field(default_factory=StopRequest)
+    watch: Watch = field(default_factory=Watch)
 
 
 def fit(
@@ -78,7 +85,7 @@ def fit(
     if session.stop and session.start is None:
         raise Interrupted(f"stopped by {session.stop.name} before the first step", again)
     begin_metrics(report, folder, session.start)
-    if session.start is not None and session.start.step >= planned_steps(session.start):
+    if session.start is not None and is_finished(session.start, session.watch, report):
         load_weights(model, session.start.folder)
     else:
         train(model, rows, options, folder, (report, session))
@@ -87,6 +94,7 @@ def fit(
             f"stopped by {session.stop.name} at step {len(report.losses)}, which is saved",
             command_line("train", options),
         )
+    restore_best(model, session.watch, report, folder / FOLDER)
     return summed_up(report)
 
 
@@ -115,19 +123,13 @@ def train(
 ) -> None:
     """All steps that are left."""
     report, session = parts
-    saver = SaveAndStop(options.save_every, session.stop)
-    trainer = CheckpointingTrainer(
-        model=model,
-        args=training_arguments(options, folder),
-        train_dataset=packed_for(model, rows, options) if options.packing else rows,
-        data_collator=collate_packs if options.packing else collate,
-        compute_loss_func=mean_token_loss,
-        callbacks=[report, saver],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.metrics, trainer.identity, trainer.keep = folder / METRICS, session.identity, options.keep_checkpoints
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     try:
-        trainer.train(resume_from_checkpoint=str(session.start.folder) if session.start else None)
+        with without_logits(inner), logging_to(folder / TRACKED):
+            trainer = build_trainer(model, rows, options, folder, (report, session))
+            trainer.train(resume_from_checkpoint=str(session.start.folder) if session.start else None)
+    except ImportError as error:
+        raise OptionError(f"--optimizer {options.optimizer} needs a library: {error}") from error
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"out of GPU memory at step {len(report.losses) + 1} with --batch {options.batch} and --max-length "
@@ -143,6 +145,43 @@ def packed_for(model: nn.Module, rows: list[EncodedRow], options: TrainOptions) 
     return packs
 
 
+def build_trainer(
+    model: nn.Module, rows: list[EncodedRow], options: TrainOptions, folder: Path, parts: tuple[StepReport, Session]
+) -> CheckpointingTrainer:
+    """The Trainer with our callbacks; OptionError where a tracker is unknown or not installed."""
+    report, session = parts
+    arguments = training_arguments(options, folder)
+    watcher = Watcher(session.watch, report, folder / FOLDER)
+    try:
+        trainer = CheckpointingTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=packed_for(model, rows, options) if options.packing else rows,
+            data_collator=collate_packs if options.packing else collate,
+            callbacks=[watcher, SaveAndStop(options.save_every, session.stop), report],
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        if not options.report_to:
+            raise
+        raise OptionError(f"--report-to {','.join(options.report_to)} does not work here: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    trainer.metrics, trainer.identity, trainer.options = folder / METRICS, session.identity, options
+    trainer.report = report
+    return trainer
+
+
+@contextmanager
+def logging_to(folder: Path) -> Iterator[None]:
+    """Where TensorBoard writes, unless the environment says otherwise."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    given = os.environ.setdefault(name, str(folder))
+    try:
+        yield
+    finally:
+        if given == str(folder):
+            os.environ.pop(name, None)
+
+
 def begin_metrics(report: StepReport, folder: Path, start: Checkpoint | None) -> None:
     """The lines up to the checkpoint, and no others."""
     lines = read_metrics(start.folder) if start else []
@@ -155,20 +194,10 @@ def begin_metrics(report: StepReport, folder: Path, start: Checkpoint | None) ->
         (folder / METRICS).unlink()
 
 
-def planned_steps(start: Checkpoint) -> int:
-    """How many steps the run of this checkpoint has."""
-    return int(read_json(start.folder / "trainer_state.json")["max_steps"])
-
-
-def mean_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of the tokens that carry loss, over their number in the whole optimizer step.
-
-    Positions without loss are left out before the logits are widened to fp32.
-    """
-    targets = labels[:, 1:]
-    carry = targets != IGNORED
-    logits = outputs["logits"][:, :-1][carry].float()
-    return nn.functional.cross_entropy(logits, targets[carry], reduction="sum") / num_items_in_batch
+def is_finished(start: Checkpoint, watch: Watch, report: StepReport) -> bool:
+    """Whether the run of this checkpoint has no step left."""
+    planned = int(read_json(start.folder / "trainer_state.json")["max_steps"])
+    return start.step >= planned or watch.exhausted(report.lines)
 
 
 def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments:
@@ -200,7 +229,8 @@ def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments
             remove_unused_columns=False,
             save_strategy="no",
             eval_strategy="no",
-            report_to="none",
+            report_to=list(options.report_to) or "none",
+            neftune_noise_alpha=options.neftune,
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
         )

@@ -6,6 +6,7 @@ bf16 base. Saving never takes base weights along (peft does for lm_head and embe
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,9 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from loram.errors import OptionError
-from loram.options import TrainOptions, did_you_mean
+from loram.option_fields import did_you_mean, flag
+from loram.options import TrainOptions
+from loram.train_options import parse_layers, parse_pattern
 
 ALL_LINEAR = "all-linear"
 
@@ -45,16 +48,55 @@ def without_peft_noise() -> Iterator[None]:
 
 def lora_config(model: PreTrainedModel, options: TrainOptions) -> LoraConfig:
     """The peft configuration that the options ask for, with the targets spelled out."""
+    targets = resolve_targets(model, options.targets)
     return LoraConfig(
         r=options.rank,
-        # Whole numbers are written as such: some readers of adapter_config.json want an integer.
-        lora_alpha=int(options.alpha) if float(options.alpha).is_integer() else options.alpha,  # type: ignore[arg-type]
+        lora_alpha=plain_number(options.alpha),  # type: ignore[arg-type]
         lora_dropout=options.dropout,
         use_rslora=options.rslora,
-        target_modules=resolve_targets(model, options.targets),
+        target_modules=targets,
+        layers_to_transform=chosen_layers(model, options, targets),
+        rank_pattern=pattern(model, "rank_pattern", options.rank_pattern, targets),
+        alpha_pattern=pattern(model, "alpha_pattern", options.alpha_pattern, targets),
+        init_lora_weights="gaussian" if options.init == "gaussian" else True,
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def plain_number(value: float) -> float:
+    """Whole numbers as such: some readers of adapter_config.json want an integer."""
+    return int(value) if float(value).is_integer() else value
+
+
+def chosen_layers(model: PreTrainedModel, options: TrainOptions, targets: list[str]) -> list[int] | None:
+    """The decoder layers that are adapted; None for all."""
+    if not options.layers:
+        return None
+    layers, count = parse_layers(options.layers), int(model.config.num_hidden_layers)
+    if layers[-1] >= count:
+        raise OptionError(f"--layers names layer {layers[-1]}, and the model has the layers 0 to {count - 1}")
+    outside = sorted({"embed_tokens", "lm_head"} & {target.rpartition(".")[2] for target in targets})
+    if outside:
+        raise OptionError(
+            f"--layers is about decoder layers and --targets has {outside[0]}, which is in none; leave one"
+        )
+    return layers
+
+
+def pattern(model: PreTrainedModel, name: str, texts: tuple[str, ...], targets: list[str]) -> dict[str, Any]:
+    """A rank or alpha pattern, every key of which names a module that is adapted."""
+    values = parse_pattern(name, texts)
+    adapted = [module for module, _ in adaptable(model) if any(matches(target, module) for target in targets)]
+    for key in values:
+        if not any(matches(key, module) for module in adapted):
+            known = sorted({module.rpartition(".")[2] for module in adapted})
+            raise OptionError(
+                f"--{flag(name)} has {key!r}, which no adapted module is called; expected some of {', '.join(known)}"
+                + did_you_mean(key, known)
+            )
+    # The longest name is the most exact one, and peft takes the first that fits.
+    return {re.escape(key): plain_number(values[key]) for key in sorted(values, key=len, reverse=True)}
 
 
 def resolve_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> list[str]:

@@ -31,6 +31,7 @@ class StepReport(TrainerCallback):
         self.progress = progress
         self.log_every = log_every
         self.losses: list[float] = []
+        self.lines: list[dict[str, float]] = []
         self.extra: dict[str, float] = {}
         self.tokens = 0
         self.seconds = self.seconds_before = 0.0
@@ -41,6 +42,7 @@ class StepReport(TrainerCallback):
         """Begin with these lines, whatever the file holds."""
         for line in lines:
             self.losses.append(line["loss"])
+            self.lines.append(line)
             self.tokens = int(line["tokens"])
             self.seconds = self.seconds_before = line["seconds"]
             self.shown = int(line["step"])
@@ -87,6 +89,7 @@ class StepReport(TrainerCallback):
 
     def append(self, line: dict[str, float]) -> None:
         """One line, on disk when this returns."""
+        self.lines.append(line)
         if not is_writer():
             return
         with self.file.open("a", encoding="utf-8") as file:

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loram.data.collate import packed_tokens
+from loram.options import TrainOptions
 from loram.training import checkpoints
+from loram.training.metrics import StepReport
 from loram.training.processes import first_found, is_writer, wait
 from loram.training.signals import StopRequest
 
@@ -33,7 +36,8 @@ class SaveAndStop(TrainerCallback):
         # A signal may reach the processes in different steps; all of them have to stop after the same one.
         self.stop.name = first_found(self.stop.name)
         step = state.global_step
-        due = self.every > 0 and (step % self.every == 0 or step == state.max_steps)
+        last = control.should_training_stop or step == state.max_steps
+        due = self.every > 0 and (step % self.every == 0 or last)
         control.should_save = control.should_save or due or bool(self.stop)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -46,7 +50,38 @@ class CheckpointingTrainer(Trainer):
 
     metrics: Path
     identity: dict[str, Any]
-    keep: int
+    options: TrainOptions
+    report: StepReport
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """What trackers hear holds the held-out losses, too."""
+        super().log({**logs, **self.report.extra} if "loss" in logs else logs, start_time)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer that the options name; LoRA+ and LoRA-FA come from peft."""
+        adapted: Any = self.model
+        if self.optimizer is None and self.options.lora_plus_ratio is not None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, adapted)
+            rate = settings.pop("lr")
+            self.optimizer = create_loraplus_optimizer(
+                adapted,
+                kind,
+                lr=rate,
+                loraplus_lr_ratio=self.options.lora_plus_ratio,
+                loraplus_lr_embedding=rate,
+                loraplus_weight_decay=self.options.weight_decay,
+                **settings,
+            )
+        elif self.optimizer is None and self.options.lora_fa:
+            self.optimizer = create_lorafa_optimizer(
+                adapted,
+                r=self.options.rank,
+                lora_alpha=self.options.alpha,  # type: ignore[arg-type]
+                lr=self.options.lr,
+                weight_decay=self.options.weight_decay,
+            )
+        found: torch.optim.Optimizer = super().create_optimizer(model)
+        return found
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         if "position_ids" not in inputs:
@@ -67,7 +102,7 @@ class CheckpointingTrainer(Trainer):
         if is_writer():
             shutil.copyfile(self.metrics, folder / self.metrics.name)
             checkpoints.seal(folder)
-            checkpoints.keep_newest(place, self.keep)
+            checkpoints.keep_newest(place, self.options.keep_checkpoints)
         wait()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

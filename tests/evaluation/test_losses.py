@@ -72,7 +72,7 @@ def capped_gemma() -> Any:
 @pytest.mark.parametrize("build", [llama, llama_with_adapter, capped_gemma])
 @pytest.mark.parametrize(("batch", "chunk"), [(1, 512), (3, 4), (8, 512)])
 def test_row_losses_equal_brute_force(build: Any, batch: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses_module, "CHUNK", chunk)
+    monkeypatch.setattr(losses_module, "chunk_rows", lambda vocabulary: chunk)
     model = build().eval()
     rows = rows_of(64)
     found = measure(model, rows, batch)

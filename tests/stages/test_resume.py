@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,12 +16,14 @@ from typing import Any
 
 import pytest
 
-from loram.errors import Interrupted, OptionError, OutputError
+from loram import artifact
+from loram.errors import Interrupted, OptionError, OutputError, ResourceError
 from loram.options import PruneOptions, RunOptions, TrainOptions
 from loram.progress import Progress
 from loram.stages.prune import prune
 from loram.stages.run import run
 from loram.stages.train import TrainResult, train
+from loram.training import checkpoints
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-llama-kjv"
 STEPS = 9
@@ -50,14 +53,18 @@ def options(work: Path, out: Path, **changes: Any) -> TrainOptions:
 
 
 class Disturbance(Progress):
-    """Sends signals to this very process after some steps."""
+    """Sends signals to this very process after some steps of training."""
 
     def __init__(self, *moments: tuple[int, int]) -> None:
         self.moments = dict(moments)
         self.step = 0
+        self.label = ""
+
+    def begin(self, label: str, total: int) -> None:
+        self.label = label
 
     def advance(self, amount: int = 1, **figures: float) -> None:
-        self.step += amount
+        self.step += amount if self.label == "train" else 0
         if self.step in self.moments:
             os.kill(os.getpid(), self.moments.pop(self.step))
 
@@ -96,6 +103,24 @@ def test_a_signal_saves_and_the_continuation_is_exact(work: Path, tmp_path: Path
     assert_undisturbed(work, tmp_path / "out")
     assert result.run is not None
     assert result.run.steps == STEPS
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_fa": True},
+        {"lora_plus_ratio": 4.0, "neftune": 5.0, "rank_pattern": ("q_proj=3",)},
+        {"dtype": "bf16", "targets": ("all-linear", "embed_tokens"), "checkpointing": True},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_exact_with_other_options_too(work: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    train(options(work, tmp_path / "whole", **changes))
+    stop_at(work, tmp_path / "out", 5, **changes)
+    train(options(work, tmp_path / "out", **changes))
+    assert lines(tmp_path / "out") == lines(tmp_path / "whole")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_twice_stopped(work: Path, tmp_path: Path) -> None:
@@ -178,6 +203,41 @@ def test_force_continues_too_and_replaces_the_old_output_last(work: Path, tmp_pa
     assert_undisturbed(work, out)
 
 
+def test_killed_while_the_output_is_put_in_place(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(partial: Path, target: Path) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "publish", killed)
+        with pytest.raises(SystemExit):
+            train(options(work, tmp_path / "out"))
+    heard = Disturbance()
+    train(options(work, tmp_path / "out"), heard)
+    assert heard.step == 0
+    assert_undisturbed(work, tmp_path / "out")
+
+
+def test_a_full_disk_costs_the_steps_since_the_last_save(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = checkpoints.seal
+
+    def full(folder: Path) -> None:
+        if folder.name == "checkpoint-4":
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder / "checksums.json"))
+        real(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "seal", full)
+        with pytest.raises(ResourceError, match="the disk is full"):
+            train(options(work, tmp_path / "out", save_every=2))
+    with caplog.at_level(logging.INFO):
+        train(options(work, tmp_path / "out", save_every=2))
+    assert "checkpoint-4 is damaged (it was not written to its end)" in caplog.text
+    assert "going on at step 2 " in caplog.text
+    assert_undisturbed(work, tmp_path / "out")
+
+
 def start(work: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     """The command line in a process of its own, with long rows of work."""
     words = ["train", str(work / "small"), "--data", str(work / "data.jsonl"), "-o", str(out), "--steps", "400"]
@@ -247,7 +307,7 @@ def test_a_second_signal_quits_at_once(work: Path, tmp_path: Path) -> None:
 def test_run_stops_there_and_goes_on_there(work: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "prune: {method: random, keep_first: 1, keep_last: 1}\n"
+        "prune: {method: random, keep_first: 1, keep_last: 1, samples: 4, length: 8, refit: false}\n"
         f"train: {{dtype: fp32, batch: 2, accumulate: 2, lr: 2e-3, dropout: 0.2, steps: {STEPS}, log_every: 1}}\n"
         "recover: {}\n"
     )
@@ -263,7 +323,8 @@ def test_run_stops_there_and_goes_on_there(work: Path, tmp_path: Path) -> None:
     found = lines(tmp_path / "run" / "train")
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     assert (tmp_path / "run" / "adapter" / "loram.json").is_file()
-    assert found == lines(work / "undisturbed")
+    run(RunOptions(**where, out=str(tmp_path / "again")))
+    assert found == lines(tmp_path / "again" / "train")
 
 
 def test_a_packed_run_goes_on_too(work: Path, tmp_path: Path) -> None:

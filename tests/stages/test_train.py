@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 from loram.artifact import find_location, read_manifest, sha256_file
 from loram.errors import DataError, InputError, KindError, OptionError, OutputError
 from loram.modeling import load_model
-from loram.options import PruneOptions, TrainOptions
+from loram.options import PruneOptions, RecoverOptions, TrainOptions, VerifyOptions
 from loram.stages.prune import prune
+from loram.stages.recover import recover
 from loram.stages.train import train
+from loram.stages.verify import verify
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-llama-kjv"
 
@@ -182,3 +184,23 @@ def test_packs_weights_and_long_rows(work: Path, tmp_path: Path, caplog: pytest.
 def test_data_that_is_an_input_may_carry_a_weight(work: Path) -> None:
     with pytest.raises(OutputError):
         train(options(work, work / "data.jsonl", data=(f"{work}/data.jsonl=2",), force=True))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_embeddings_patterns_and_layers_come_through_recover(work: Path, tmp_path: Path) -> None:
+    """What is trained with the unusual options acts on the large model as the identity demands."""
+    cases: list[dict[str, Any]] = [
+        {"targets": ("all-linear", "embed_tokens"), "rank_pattern": ("q_proj=3",), "alpha_pattern": ("up_proj=4",)},
+        {"layers": ("1-2",), "rslora": True, "init": "gaussian"},
+    ]
+    for number, changes in enumerate(cases):
+        small, large = tmp_path / f"small-{number}", tmp_path / f"large-{number}"
+        train(options(work, small, lr=0.02, steps=6, **changes))
+        recover(RecoverOptions(adapter=str(small), out=str(large)))
+        checked = verify(VerifyOptions(adapter=str(large), numeric=True))
+        assert checked.ok, [check for check in checked.checks if not check.ok]
+        stock = AutoModelForCausalLM.from_pretrained(work / "large", dtype=torch.float32)
+        ids = torch.arange(10, 30).reshape(1, 20)
+        plain = stock(ids).logits
+        adapted = PeftModel.from_pretrained(stock, str(large)).eval()(ids).logits
+        assert (adapted - plain).abs().max() > 1e-2

@@ -206,3 +206,51 @@ def test_dtypes_without_a_gpu() -> None:
     assert resolve_dtype("bf16") == "bf16"
     with pytest.raises(OptionError, match="fp16 needs a GPU"):
         resolve_dtype("fp16")
+
+
+def test_lora_plus_learns_b_faster_than_a(tmp_path: Path) -> None:
+    """One Adam step moves every weight by its learning rate, so the two rates can be read off B (which begins at 0)."""
+    moved = {}
+    for ratio in (1.0, 8.0):
+        chosen = options(steps=1, lora_plus_ratio=ratio, warmup=0.0, clip=0.0, schedule="constant")
+        model = wrap(tiny_model(), chosen)
+        fit(model, some_rows(4), chosen, tmp_path)
+        moved[ratio] = max(float(p.detach().abs().max()) for name, p in model.named_parameters() if "lora_B" in name)
+    assert moved[8.0] == pytest.approx(8 * moved[1.0], rel=1e-3)
+    assert moved[1.0] == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_lora_fa_leaves_a_as_it_was_drawn(tmp_path: Path) -> None:
+    chosen = options(steps=10, lora_fa=True)
+    model = wrap(tiny_model(), chosen)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    run = fit(model, some_rows(12), chosen, tmp_path)
+    assert run.loss_last < run.loss_first
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all("lora_B" in name for name in changed)
+
+
+def test_neftune_is_noise_while_training_only(tmp_path: Path) -> None:
+    plain = train_tiny(tmp_path, some_rows(12), steps=2)
+    noisy = train_tiny(tmp_path, some_rows(12), steps=2, neftune=5.0)
+    assert noisy.loss_first != plain.loss_first
+    assert noisy.loss_first == pytest.approx(plain.loss_first, rel=0.1)
+
+
+def test_a_tracker_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="nonsense"):
+        train_tiny(tmp_path, some_rows(4), steps=1, report_to=("nonsense",))
+
+
+def test_tensorboard_hears_the_losses(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train_tiny(tmp_path, some_rows(4), steps=3, report_to=("tensorboard",))
+    (file,) = (tmp_path / "logs").rglob("events.*")
+    heard = EventAccumulator(str(file.parent))
+    heard.Reload()
+    scalars = heard.Scalars("train/loss")
+    assert [item.step for item in scalars] == [1, 2, 3]
+    assert scalars[-1].value == pytest.approx(run.loss_last)

@@ -127,3 +127,79 @@ def test_saving_takes_no_base_weights_along_and_peft_reads_it(tmp_path: Path, ta
     fresh = AutoModelForCausalLM.from_pretrained(FIXTURE, dtype=torch.float32)
     again = PeftModel.from_pretrained(fresh, str(tmp_path)).eval()
     torch.testing.assert_close(again(ids).logits, expected)
+
+
+def trained_shapes(model: Any) -> dict[str, int]:
+    """Module → rank, for every adapted module."""
+    return {
+        name.partition(".lora_A")[0].removeprefix("base_model.model."): int(p.shape[0])
+        for name, p in model.named_parameters()
+        if "lora_A" in name
+    }
+
+
+def test_patterns_give_other_ranks_and_scales_to_some_modules() -> None:
+    changes = {"rank_pattern": ("q_proj=4", "layers.1.self_attn.q_proj=5"), "alpha_pattern": ("up_proj=1",)}
+    model = wrap(models()["llama"][0], options(**changes))
+    ranks = trained_shapes(model)
+    assert ranks["model.layers.0.self_attn.q_proj"] == 4
+    assert ranks["model.layers.1.self_attn.q_proj"] == 5
+    assert ranks["model.layers.1.self_attn.k_proj"] == 2
+    up, down = (model.get_submodule(f"base_model.model.model.layers.0.mlp.{name}_proj") for name in ("up", "down"))
+    assert (up.scaling["default"], down.scaling["default"]) == (0.5, 2.0)
+
+
+def test_only_the_chosen_layers_are_adapted() -> None:
+    assert {name.split(".")[2] for name in trained_shapes(wrap(models()["llama"][0], options(layers=("1",))))} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": ("0-5",)}, "names layer 5, and the model has the layers 0 to 1"),
+        ({"layers": ("1",), "targets": ("all-linear", "embed_tokens")}, "is about decoder layers"),
+        ({"rank_pattern": ("qproj=4",)}, "'qproj', which no adapted module is called; .*did you mean q_proj"),
+        ({"alpha_pattern": ("embed_tokens=4",)}, "no adapted module"),
+    ],
+)
+def test_patterns_and_layers_that_name_nothing(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        wrap(models()["llama"][0], options(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dora": True}, "--dora trains magnitudes of the small model's columns"),
+        (
+            {"modules_to_save": ("lm_head",)},
+            "--modules-to-save trains whole weights .*--targets all-linear,embed_tokens",
+        ),
+        *(({"init": name}, "would be added twice") for name in ("pissa", "pissa_niter_16", "olora", "loftq", "corda")),
+        ({"init": "zero"}, "expected one of default, gaussian"),
+        ({"layers": ("3-1",)}, "--layers has '3-1'"),
+        ({"rank_pattern": ("q_proj=1.5",)}, "whole number"),
+        ({"alpha_pattern": ("q_proj",)}, "expected MODULE=N"),
+        ({"lora_fa": True, "lora_plus_ratio": 4.0}, "trains B alone"),
+        ({"lora_fa": True, "optimizer": "sgd"}, "its own AdamW"),
+        ({"lora_fa": True, "targets": ("embed_tokens",)}, "an embedding's A is zero"),
+        ({"lora_plus_ratio": 0.5}, "must be 1 or more"),
+        ({"neftune": 0.0}, "above 0"),
+        ({"patience": 1}, "needs held-out rows"),
+        ({"stop_on": "large", "eval_split": 0.1}, "add --recover-eval N"),
+        ({"eval_split": 0.1, "eval_data": ("f",)}, "two answers"),
+    ],
+)
+def test_what_does_not_carry_over_is_refused_with_the_reason(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message) as caught:
+        options(**changes)
+    assert caught.value.exit_code == 2
+
+
+def test_gaussian_init_is_another_draw() -> None:
+    first, second = (
+        next(p for name, p in wrap(models()["llama"][0], options(init=init)).named_parameters() if "lora_A" in name)
+        for init in ("default", "gaussian")
+    )
+    assert not torch.equal(first, second)
+    assert second.abs().max() > 0
