@@ -92,6 +92,8 @@ class Console:
             if rows:
                 self.out.print(ladder_table(rows, unicode=self.out.encoding.startswith("utf")))
             self.text(result.summary())
+            for row in getattr(result, "shown", ()):
+                self.masked(row.stretches, row.tokens)
         next_command = f"next: {result.next_command}" if result.next_command else ""
         self.text("    ".join(part for part in (str(result.path or ""), next_command) if part))
 
@@ -106,6 +108,17 @@ class Console:
             from rich.text import Text
 
             self.out.print(Text(text))
+
+    def masked(self, stretches: Any, tokens: int) -> None:
+        """A row of data: what carries loss is green, the rest dim; between ⟦ ⟧ where nothing is colored."""
+        from rich.text import Text
+
+        if self.out.is_terminal and not self.out.no_color:
+            parts = [(part.text, "bold green" if part.loss else "dim") for part in stretches]
+        else:
+            left, right = ("⟦", "⟧") if self.out.encoding.startswith("utf") else ("[[", "]]")
+            parts = [(f"{left}{part.text}{right}" if part.loss else part.text, "") for part in stretches]
+        self.out.print(Text.assemble((f"── {tokens} tokens\n", "cyan"), *parts))
 
     def document(self, value: dict[str, Any], text: str) -> None:
         """A text to be saved as it is, or the same as JSON."""

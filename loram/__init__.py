@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     merge: StageFunction
     push: StageFunction
     evaluate: StageFunction
+    preview: StageFunction
     run: StageFunction
     demo: StageFunction
     init: StageFunction
@@ -53,6 +54,7 @@ __all__ = [
     "load_small",
     "merge",
     "plan",
+    "preview",
     "project",
     "prune",
     "push",
@@ -62,6 +64,10 @@ __all__ = [
     "train",
     "verify",
 ]
+
+
+# A function must not be named as a built-in one (eval), nor as a package (loram.data).
+STAGE_NAMES = {"evaluate": "eval", "preview": "data"}
 
 
 def __getattr__(name: str) -> Any:
@@ -75,7 +81,7 @@ def __getattr__(name: str) -> Any:
     else:
         from loram.stages import python_function
 
-        value = python_function(name, "eval" if name == "evaluate" else name)
+        value = python_function(name, STAGE_NAMES.get(name, name))
     globals()[name] = value
     return value
 

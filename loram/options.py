@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loram.data_options import DataOptions, ReadingOptions
 from loram.families.widths import parse_ratio
 from loram.option_fields import (
     DTYPES,
@@ -27,6 +28,7 @@ from loram.train_options import TrainOptions
 __all__ = [
     "DTYPES",
     "SECTIONS",
+    "DataOptions",
     "StageOptions",
     "TrainOptions",
     "WritingOptions",
@@ -152,19 +154,19 @@ class PushOptions(StageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(StageOptions):
+class EvalOptions(ReadingOptions):
     """Held-out loss of a model; the quality ladder with --compare."""
 
     model: str = argument("Large model or small model: folder or Hub id.")
-    data: tuple[str, ...] = option((), "Evaluation data: file or folder; may be repeated.")
-    columns: str | None = option(None, "Map data columns, e.g. prompt=question,completion=answer.")
+    data: tuple[str, ...] = option(
+        (), "Evaluation data: file, folder or Hub dataset (ORG/NAME:CONFIG@SPLIT); may be repeated."
+    )
     adapter: str | None = option(None, "Adapter to load on the model.")
     compare: bool = option(False, "Print the ladder: base, small, small + adapter, large + recovered.")
     small: str | None = option(None, "The small model for --compare, where the manifests do not say.")
     small_adapter: str | None = option(None, "The small adapter for --compare, where the manifest does not say.")
     ceiling: str | None = option(None, "For --compare: an adapter trained on the large model itself.")
     batch: int = option(8, "Rows in a forward pass.", flags=("--per-device-eval-batch-size",))
-    max_length: int = option(512, "Tokens in a row; longer rows are cut.", flags=("--max-seq-length",))
     limit: int | None = option(None, "Look at the first N rows only.")
     generate: bool = option(False, "Also generate an answer per prompt and count exact matches.")
     new_tokens: int = option(64, "Tokens to generate at most, with --generate.")
@@ -174,7 +176,6 @@ class EvalOptions(StageOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.batch >= 1, f"--batch is {self.batch}; it must be 1 or more")
-        require(self.max_length >= 2, f"--max-length is {self.max_length}; it must be 2 or more")
         require(self.limit is None or self.limit >= 1, f"--limit is {self.limit}; it must be 1 or more")
         require(self.new_tokens >= 1, f"--new-tokens is {self.new_tokens}; it must be 1 or more")
 
@@ -224,6 +225,7 @@ SECTIONS: dict[str, type[StageOptions]] = {
     "merge": MergeOptions,
     "push": PushOptions,
     "eval": EvalOptions,
+    "data": DataOptions,
     "run": RunOptions,
     "demo": DemoOptions,
     "init": InitOptions,

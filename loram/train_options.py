@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from loram.data_options import ReadingOptions
 from loram.errors import OptionError
 from loram.option_fields import DTYPES, WritingOptions, argument, flag, option, require
 
@@ -127,7 +128,6 @@ class LoopOptions(WritingOptions):
     neftune: float | None = option(None, "NEFTune (2310.05914): noise on embeddings.", flags=("--neftune-noise-alpha",))
     batch: int = option(8, "Rows in a forward pass.", flags=("--per-device-train-batch-size",))
     accumulate: int = option(1, "Forward passes per optimizer step.", flags=("--gradient-accumulation-steps",))
-    max_length: int = option(512, "Tokens in a row; longer rows are cut.", flags=("--max-seq-length",))
     dtype: str = option("auto", "Dtype to load and compute in; auto is bf16 where it pays.", choices=("auto", *DTYPES))
     checkpointing: bool = option(False, "Recompute activations to save memory.", flags=("--gradient-checkpointing",))
 
@@ -137,7 +137,6 @@ class LoopOptions(WritingOptions):
             require(getattr(self, name) >= 1, f"--{flag(name)} is {getattr(self, name)}; it must be 1 or more")
         require(self.steps is None or self.steps >= 1, f"--steps is {self.steps}; it must be 1 or more")
         require(0 < self.epochs < math.inf, f"--epochs is {self.epochs}; it must be more than 0 and finite")
-        require(self.max_length >= 2, f"--max-length is {self.max_length}; it must be 2 or more")
         require(self.lr > 0 and math.isfinite(self.lr), f"--lr is {self.lr}; it must be a positive number")
         require(self.clip >= 0, f"--clip is {self.clip}; it must be 0 or more")
         require(self.weight_decay >= 0, f"--weight-decay is {self.weight_decay}; it must be 0 or more")
@@ -187,12 +186,15 @@ class WatchOptions(WritingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainInputs(WritingOptions):
+class TrainInputs(ReadingOptions, WritingOptions):
     """What is trained, and on what."""
 
     model: str = argument("Small model (or a plain model folder or Hub id).")
-    data: tuple[str, ...] = option((), "Training data: file or folder; may be repeated.", flags=("--dataset-name",))
-    columns: str | None = option(None, "Map data columns, e.g. prompt=question,completion=answer.")
+    data: tuple[str, ...] = option(
+        (),
+        "Training data: file, folder or Hub dataset (ORG/NAME:CONFIG@SPLIT), optionally =WEIGHT; may be repeated.",
+        flags=("--dataset-name",),
+    )
     backend: str = option("local", "Where training runs.", choices=("local",))
     task: str = option("causal-lm", "What is trained.", choices=("causal-lm",))
 

@@ -18,7 +18,7 @@ from loram.options import SECTIONS, PruneOptions, StageOptions
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
 
-STAGES = {("evaluate" if name == "eval" else name): kind for name, kind in SECTIONS.items()}
+STAGES = {{"eval": "evaluate", "data": "preview"}.get(name, name): kind for name, kind in SECTIONS.items()}
 
 
 def test_the_public_names() -> None:

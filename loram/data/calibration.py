@@ -11,13 +11,13 @@ import logging
 import math
 import random
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from loram.data.encoding import begins_with_bos, encode_example
-from loram.data.formats import Source, read_source
+from loram.data.places import split_weight
+from loram.data.sources import Source, read_source
 from loram.errors import DataError, OptionError
 
 logger = logging.getLogger(__name__)
@@ -30,17 +30,8 @@ def is_general(spec: str) -> bool:
 
 
 def parse_spec(spec: str) -> tuple[str, float]:
-    """`PATH`, `PATH=WEIGHT` or `builtin[=WEIGHT]` as (path, weight); a path that exists is taken whole."""
-    name, separator, tail = spec.rpartition("=")
-    if not separator or Path(spec).exists():
-        return spec, 1.0
-    try:
-        weight = float(tail)
-    except ValueError:
-        return spec, 1.0
-    if not name or not weight > 0 or not math.isfinite(weight):
-        raise OptionError(f"--calibration {spec!r} has the weight {tail}; expected FILE=WEIGHT with a positive weight")
-    return name, weight
+    """`NAME`, `NAME=WEIGHT` or `builtin[=WEIGHT]` as (name, weight); a path that exists is taken whole."""
+    return split_weight(spec, "--calibration")
 
 
 def shares(weights: list[float], total: int) -> list[int]:

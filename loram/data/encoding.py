@@ -8,14 +8,16 @@ boundary between prompt and completion belongs to the completion.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import quantiles
 from typing import Any, TypedDict
 
 from loram.data.chat import Span, render_with_spans
-from loram.data.formats import Example, Source
+from loram.data.formats import Example
+from loram.data.sources import Source, named
+from loram.data.summary import DataSummary, endings_of, percentiles
 from loram.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -28,92 +30,97 @@ class EncodedRow(TypedDict):
     loss_mask: list[bool]
 
 
-@dataclass(frozen=True)
-class DataSummary:
-    """What was read, in numbers; prints as one or two lines."""
+@dataclass
+class Encoder:
+    """Rows as they are encoded, and what there is to say about them."""
 
-    formats: tuple[str, ...]
-    rows: int
-    cut: int
-    dropped: int
-    tokens: int
-    loss_tokens: int
-    lengths: tuple[int, int, int]
+    tokenizer: Any
     max_length: int
+    drop_long: bool = False
+    rows: list[EncodedRow] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    cut: int = 0
+    too_long: int = 0
+    dropped: int = 0
     joined: int = 0
+    last: list[int] = field(default_factory=list)
+    notices: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
-    @property
-    def loss_share(self) -> float:
-        """Share of the tokens that carry loss."""
-        return self.loss_tokens / self.tokens
+    def add(self, example: Example) -> bool:
+        """Encode one row and keep it if it is usable; whether it is."""
+        row, found = encode_and_check(example, self.tokenizer)
+        ids, mask = row["input_ids"], row["loss_mask"]
+        self.lengths.append(len(ids))
+        if self.drop_long and len(ids) > self.max_length:
+            self.too_long += 1
+            return False
+        short = EncodedRow(input_ids=ids[: self.max_length], loss_mask=mask[: self.max_length])
+        if not any(short["loss_mask"]):
+            self.dropped += 1
+            return False
+        if len(ids) > self.max_length:
+            self.cut += 1
+        else:
+            self.last.append(ids[len(mask) - 1 - mask[::-1].index(True)])
+        self.joined += found.joined
+        for notice in found.notices:
+            self.notices[notice].append(example.place)
+        self.rows.append(short)
+        return True
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers."""
-        median, ninetieth, longest = self.lengths
-        return {
-            "formats": list(self.formats),
-            "rows": self.rows,
-            "cut": self.cut,
-            "dropped": self.dropped,
-            "joined": self.joined,
-            "tokens": self.tokens,
-            "loss_tokens": self.loss_tokens,
-            "loss_share": self.loss_share,
-            "lengths": {"p50": median, "p90": ninetieth, "max": longest},
-        }
-
-    def __str__(self) -> str:
-        median, ninetieth, longest = self.lengths
-        text = (
-            f"{' + '.join(self.formats)}: {self.rows:,} rows, {self.tokens:,} tokens, "
-            f"{self.loss_share:.0%} carry loss; "
-            f"tokens a row: median {median}, 90% up to {ninetieth}, longest {longest}"
-        )
-        if self.cut or self.dropped:
-            text += f"\n{self.cut} rows are longer than --max-length {self.max_length} and were cut"
-            text += f"; {self.dropped} more have no loss left and were dropped" if self.dropped else ""
-        if self.joined:
-            text += (
-                f"\nin {self.joined} rows one token spans the end of the prompt and the start of the completion; "
-                "move the space at the prompt's end to the completion, so that the prompt alone gives the same tokens"
+    def add_source(self, source: Source) -> None:
+        """Every row of a source; DataError where none of them is usable."""
+        used = [self.add(example) for example in source.rows]
+        if not any(used):
+            places = named([example.place for example in source.rows], source.path)
+            longest = max(self.lengths[-len(used) :], default=0)
+            shorter = self.drop_long and longest > self.max_length
+            why = "is within --max-length" if shorter else "has a token with loss within --max-length"
+            raise DataError(
+                f"none of the {len(used)} rows of {source.path} ({places}) {why} {self.max_length} "
+                f"(the longest row has {longest} tokens); raise --max-length"
             )
-        return text
 
-
-def encode(sources: Sequence[Source], tokenizer: Any, max_length: int) -> tuple[list[EncodedRow], DataSummary]:
-    """Every row of the sources, cut to `max_length`; rows without any loss left are dropped and counted."""
-    rows: list[EncodedRow] = []
-    lengths: list[int] = []
-    cut = dropped = joined = 0
-    for source in sources:
-        for example in source.rows:
-            row, spanning = encode_and_check(example, tokenizer)
-            lengths.append(len(row["input_ids"]))
-            short = EncodedRow(input_ids=row["input_ids"][:max_length], loss_mask=row["loss_mask"][:max_length])
-            if not any(short["loss_mask"]):
-                dropped += 1
-                continue
-            cut += len(row["input_ids"]) > max_length
-            joined += spanning
-            rows.append(short)
-    names = ", ".join(source.path for source in sources)
-    if not rows:
-        raise DataError(
-            f"none of the {dropped} rows of {names} has a token with loss within --max-length {max_length} "
-            f"(the longest row has {max(lengths, default=0)} tokens); raise --max-length"
+    def summary(self, formats: Sequence[str], stops: Collection[int]) -> DataSummary:
+        """All that was counted."""
+        return DataSummary(
+            formats=tuple(dict.fromkeys(formats)),
+            rows=len(self.rows),
+            cut=self.cut,
+            dropped=self.dropped,
+            tokens=sum(len(row["input_ids"]) for row in self.rows),
+            loss_tokens=sum(sum(row["loss_mask"]) for row in self.rows),
+            lengths=percentiles(self.lengths),
+            max_length=self.max_length,
+            joined=self.joined,
+            too_long=self.too_long,
+            endings=endings_of(self.tokenizer, self.last, stops),
+            notices=tuple(
+                f"the model's chat template {notice} in {len(places)} rows (first {places[0]})"
+                for notice, places in self.notices.items()
+            ),
         )
-    summary = DataSummary(
-        formats=tuple(dict.fromkeys(source.format for source in sources)),
-        rows=len(rows),
-        cut=cut,
-        dropped=dropped,
-        tokens=sum(len(row["input_ids"]) for row in rows),
-        loss_tokens=sum(sum(row["loss_mask"]) for row in rows),
-        lengths=percentiles(lengths),
-        max_length=max_length,
-        joined=joined,
-    )
-    return rows, summary
+
+
+def encode(
+    sources: Sequence[Source],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    long: str = "cut",
+    stops: Collection[int] | None = None,
+) -> tuple[list[EncodedRow], DataSummary]:
+    """Every usable row of the sources, none longer than `max_length`; what is lost on the way is counted.
+
+    `long` says whether longer rows are cut or dropped; `stops` are the ids at which generation ends (by default the
+    tokenizer's), for the check that rows end in one of them.
+    """
+    encoder = Encoder(tokenizer, max_length, drop_long=long == "drop")
+    for source in sources:
+        encoder.add_source(source)
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    summary = encoder.summary([source.format for source in sources], own if stops is None else stops)
+    return encoder.rows, summary
 
 
 def encode_example(example: Example, tokenizer: Any) -> EncodedRow:
@@ -121,18 +128,19 @@ def encode_example(example: Example, tokenizer: Any) -> EncodedRow:
     return encode_and_check(example, tokenizer)[0]
 
 
-def encode_and_check(example: Example, tokenizer: Any) -> tuple[EncodedRow, bool]:
-    """One example in full length, and whether a token spans the beginning of what carries loss."""
+def encode_and_check(example: Example, tokenizer: Any) -> tuple[EncodedRow, Tokens]:
+    """One example in full length, and what was noticed on the way."""
     if example.messages is not None:
-        text, spans = render_with_spans(tokenizer, example)
-        found = tokenize(tokenizer, text, spans, special_tokens=False)
+        chat = render_with_spans(tokenizer, example)
+        found = tokenize(tokenizer, chat.text, chat.spans, special_tokens=False)
+        found.notices = chat.notices
     else:
         prompt = example.prompt or ""
         text = prompt + (example.completion or "") if example.text is None else example.text
         found = with_end(tokenize(tokenizer, text, [(len(prompt), len(text))]), tokenizer.eos_token_id)
     if found.mask:
         found.mask[0] = False
-    return EncodedRow(input_ids=found.ids, loss_mask=found.mask), found.joined
+    return EncodedRow(input_ids=found.ids, loss_mask=found.mask), found
 
 
 @dataclass
@@ -142,6 +150,7 @@ class Tokens:
     ids: list[int]
     mask: list[bool]
     joined: bool = False
+    notices: tuple[str, ...] = ()
 
 
 def with_end(tokens: Tokens, eos: int | None) -> Tokens:
@@ -185,14 +194,6 @@ def begins_with_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer puts its beginning-of-text token before every text by itself."""
     first = tokenizer("a", verbose=False)["input_ids"][:1]
     return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
-
-
-def percentiles(lengths: list[int]) -> tuple[int, int, int]:
-    """Median, 90th percentile and maximum."""
-    if len(lengths) == 1:
-        return lengths[0], lengths[0], lengths[0]
-    cuts = quantiles(lengths, n=10, method="inclusive")
-    return round(cuts[4]), round(cuts[8]), max(lengths)
 
 
 def within_context(max_length: int, config: Mapping[str, Any]) -> int:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from loram.data.collate import IGNORED, collate
+from loram.data.collate import IGNORED, collate, collate_packs, owners
 from loram.data.encoding import EncodedRow
+from loram.data.isolation import refuse_leaks
+from loram.data.packing import pack
 from loram.errors import MismatchError
 from loram.progress import SILENT, Progress
 from loram.training.cross_entropy import capped, chunk_rows, soft_cap
@@ -44,21 +46,36 @@ class Loss:
 
 
 def measure(
-    model: Any, rows: list[EncodedRow], batch: int, progress: Progress = SILENT, label: str = "evaluate"
+    model: Any,
+    rows: list[EncodedRow],
+    batch: int,
+    progress: Progress = SILENT,
+    label: str = "evaluate",
+    packed_to: int | None = None,
 ) -> RowLosses:
-    """Summed loss and token count of every row; MismatchError where a loss is not finite."""
+    """Summed loss and token count of every row; MismatchError where a loss is not finite.
+
+    With `packed_to`, rows share forward passes of so many tokens, each isolated from the others.
+    """
     device = model.get_input_embeddings().weight.device
     nll = [0.0] * len(rows)
-    tokens = [0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
+    tokens = [sum(row["loss_mask"][1:]) for row in rows]
+    lengths = [len(row["input_ids"]) for row in rows]
     model.eval()
+    if packed_to is None:
+        packs = [[index] for index in sorted(range(len(rows)), key=lambda i: lengths[i], reverse=True)]
+    else:
+        refuse_leaks(model, max(lengths))
+        packs = pack(lengths, packed_to)
     progress.begin(label, len(rows))
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        inputs = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen]).items()}
-        sums = batch_losses(model, inputs)
-        for index, value, labels in zip(chosen, sums.tolist(), inputs["labels"], strict=True):
-            nll[index], tokens[index] = value, int((labels[1:] != IGNORED).sum())
+    for start in range(0, len(packs), batch):
+        group = [[rows[index] for index in numbers] for numbers in packs[start : start + batch]]
+        chosen = [index for numbers in packs[start : start + batch] for index in numbers]
+        found = collate([row for (row,) in group]) if packed_to is None else collate_packs(group)
+        inputs = {name: tensor.to(device) for name, tensor in found.items()}
+        sums = batch_losses(model, inputs, owners(group).to(device))
+        for index, value in zip(chosen, sums.tolist(), strict=True):
+            nll[index] = value
         progress.advance(len(chosen), loss=sum(nll) / max(1, sum(tokens)))
     progress.end()
     if not all(map(math.isfinite, nll)):
@@ -68,12 +85,13 @@ def measure(
 
 
 @torch.no_grad()
-def batch_losses(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Summed loss of each row of one collated batch, in fp64."""
+def batch_losses(model: Any, inputs: dict[str, torch.Tensor], owner: torch.Tensor) -> torch.Tensor:
+    """Summed loss of each row of one collated batch, in fp64; `owner` says which row a position is of."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = inner.get_decoder()
-    # A cache would make some models read position_ids as if the rows went on.
-    hidden = decoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)[0]
+    # With a cache, positions that begin anew would not keep the rows of a pack apart.
+    passed = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    hidden = decoder(**passed, use_cache=False)[0]
     targets = inputs["labels"][:, 1:]
     carry = targets != IGNORED
     kept, wanted = hidden[:, :-1][carry], targets[carry]
@@ -84,8 +102,8 @@ def batch_losses(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             for i in range(0, len(kept), step)
         ]
     )
-    sums = torch.zeros(len(targets), dtype=torch.float64, device=losses.device)
-    return sums.index_add(0, carry.nonzero()[:, 0], losses.double())
+    sums = torch.zeros(int(owner.max()) + 1, dtype=torch.float64, device=losses.device)
+    return sums.index_add(0, owner[:, 1:][carry], losses.double())
 
 
 def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,7 @@ class Exam:
     new_tokens: int = 64
     tasks: tuple[str, ...] = ()
     limit: int | None = None
+    packed_to: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def attach(model: Any, adapter: Path) -> Any:
 
 def take(subject: Subject, model: Any, exam: Exam, progress: Progress, *, with_tasks: bool) -> Measured:
     """One subject's loss, and its answers and lm-eval tasks where they are asked for."""
-    losses = measure(model, exam.rows, exam.batch, progress, subject.name)
+    losses = measure(model, exam.rows, exam.batch, progress, subject.name, exam.packed_to)
     accuracy = None
     if exam.questions:
         accuracy = exact_match(model, exam.tokenizer, exam.questions, exam.batch, exam.new_tokens, progress)

@@ -27,6 +27,7 @@ STAGE_FUNCTIONS: dict[str, str] = {
     "merge": "loram.stages.merge:merge",
     "push": "loram.stages.push:push",
     "eval": "loram.stages.evaluate:evaluate",
+    "data": "loram.stages.preview:preview",
     "run": "loram.stages.run:run",
     "demo": "loram.stages.demo:demo",
     "init": "loram.stages.init:init",

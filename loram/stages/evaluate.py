@@ -9,7 +9,8 @@ from typing import Any
 
 from loram.checkpoint import read_config
 from loram.data.encoding import encode, within_context
-from loram.data.formats import Source, read_sources
+from loram.data.sources import Source, read_sources
+from loram.data.summary import stop_tokens
 from loram.device import resolve_dtype
 from loram.errors import InputError, KindError, OptionError
 from loram.evaluation.generation import questions
@@ -95,9 +96,10 @@ def model_folder(model: str) -> Path:
 
 def exam_of(options: EvalOptions, model: Path) -> Exam:
     """The data, encoded as `train` would, and what is asked besides the loss."""
-    sources = first_rows(read_sources(options.data, options.columns), options.limit)
+    sources = first_rows(read_sources(options.data, options.columns, options.system), options.limit)
     tokenizer = load_tokenizer(model)
-    rows, summary = encode(sources, tokenizer, within_context(options.max_length, read_config(model)))
+    length = within_context(options.max_length, read_config(model))
+    rows, summary = encode(sources, tokenizer, length, long=options.long, stops=stop_tokens(model, tokenizer))
     logger.info("%s", summary)
     asked = questions([row for source in sources for row in source.rows], tokenizer) if options.generate else []
     return Exam(
@@ -109,6 +111,7 @@ def exam_of(options: EvalOptions, model: Path) -> Exam:
         new_tokens=options.new_tokens,
         tasks=options.tasks,
         limit=options.limit,
+        packed_to=length if options.packing else None,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from loram.artifact import Draft, Manifest, drafting, read_manifest
 from loram.data.encoding import EncodedRow
+from loram.data.places import source_path
 from loram.options import TrainOptions
 from loram.stages.wiring import content_digest
 from loram.training.checkpoints import differences, discard, find_start, identity
@@ -44,7 +45,7 @@ def identity_of(options: TrainOptions, rows: list[EncodedRow], folder: Path) -> 
 def writing(options: TrainOptions, out: Path) -> Iterator[Draft]:
     """The draft of OUT, which process 0 finishes and puts in place; the others get the folder and leave it alone."""
     if is_writer():
-        inputs = (options.model, *options.data, *options.eval_data)
+        inputs = (options.model, *map(source_path, (*options.data, *options.eval_data)))
         with drafting(out, force=options.force, inputs=inputs, keep_partial=True) as draft:
             yield draft
     else:

@@ -24,6 +24,7 @@ from loram.artifact import (
     write_json,
 )
 from loram.checkpoint import describe_base
+from loram.data.places import source_path
 from loram.errors import Interrupted, MismatchError, OutputError
 from loram.hub.download import resolve_model
 from loram.memory import format_bytes, peak_bytes, restart_peak
@@ -173,7 +174,7 @@ def output_digest(step: Step) -> str | None:
 
 def open_run(options: RunOptions, model: str) -> Path:
     """The run's folder: new, or an earlier run of loram's that goes on."""
-    folder = check_output(options.out, [model, *options.data, *options.eval_data], force=True)
+    folder = check_output(options.out, [model, *map(source_path, (*options.data, *options.eval_data))], force=True)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file() and not options.force:
         raise OutputError(f"{folder} exists and is not a run of loram's; choose another with -o or add --force")
     try:

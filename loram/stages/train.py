@@ -10,8 +10,10 @@ from typing import Any
 
 from loram.artifact import Draft, Manifest, check_output, read_manifest, relative_location
 from loram.checkpoint import describe_base, read_config
-from loram.data.encoding import DataSummary, EncodedRow, encode, within_context
-from loram.data.formats import read_sources
+from loram.data.encoding import EncodedRow, encode, within_context
+from loram.data.places import source_path
+from loram.data.sources import read_sources, weighted
+from loram.data.summary import DataSummary, stop_tokens
 from loram.device import resolve_dtype
 from loram.errors import InputError, KindError
 from loram.hub.download import resolve_model, split_id
@@ -67,14 +69,14 @@ class TrainResult(StageResult):
 def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
     """Train LoRA on `options.data` and write a PEFT folder: a small-adapter, or an adapter of a plain model."""
     connect()
-    inputs = (options.model, *options.data, *options.eval_data)
+    inputs = (options.model, *map(source_path, (*options.data, *options.eval_data)))
     earlier = earlier_result(options)
     out = check_output(options.out, inputs, force=options.force or earlier is not None)
     folder, small = trainable(options.model)
-    sources = read_sources(options.data, options.columns)
     tokenizer = load_tokenizer(folder)
     length = within_context(options.max_length, read_config(folder))
-    rows, summary = encode(sources, tokenizer, length)
+    sources = weighted(read_sources(options.data, options.columns, options.system, weights=True), options.seed)
+    rows, summary = encode(sources, tokenizer, length, long=options.long, stops=stop_tokens(folder, tokenizer))
     logger.info("%s", summary)
     rows, held = held_out(options, rows, tokenizer, length)
     watch = watch_of(options, held, folder, small)

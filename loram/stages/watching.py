@@ -17,7 +17,7 @@ import torch
 from loram.adapter import load_adapter
 from loram.artifact import Manifest
 from loram.data.encoding import EncodedRow, encode
-from loram.data.formats import read_sources
+from loram.data.sources import read_sources
 from loram.device import place, resolve_dtype
 from loram.errors import InputError, OptionError, ResourceError
 from loram.evaluation.losses import measure, summarize
@@ -40,18 +40,24 @@ def held_out(
 ) -> tuple[list[EncodedRow], list[EncodedRow]]:
     """(training rows, held-out rows): from --eval-data, or split off by the seed, or none."""
     if options.eval_data:
-        held, summary = encode(read_sources(options.eval_data, options.columns), tokenizer, max_length)
+        sources = read_sources(options.eval_data, options.columns, options.system)
+        held, summary = encode(sources, tokenizer, max_length, long=options.long)
         logger.info("held out: %s", summary)
         return rows, held
     if not options.eval_split:
         return rows, []
     share = options.eval_split
-    count = round(share * len(rows)) if share < 1 else int(share)
-    if not 0 < count < len(rows):
-        raise OptionError(f"--eval-split {share:g} of {len(rows)} rows leaves none on one side; give another share")
-    chosen = set(random.Random(options.seed).sample(range(len(rows)), count))
-    logger.info("held out: %d of %d rows", count, len(rows))
-    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
+    # A row that is there twice (FILE=2 makes it so) must not be on both sides.
+    distinct = list(dict.fromkeys(tuple(row["input_ids"]) for row in rows))
+    count = round(share * len(distinct)) if share < 1 else int(share)
+    if not 0 < count < len(distinct):
+        raise OptionError(f"--eval-split {share:g} of {len(distinct)} rows leaves none on one side; give another share")
+    numbers = sorted(random.Random(options.seed).sample(range(len(distinct)), count))
+    chosen = {distinct[number] for number in numbers}
+    logger.info("held out: %d of %d rows", count, len(distinct))
+    seen = {tuple(row["input_ids"]): row for row in rows}
+    kept = [row for row in rows if tuple(row["input_ids"]) not in chosen]
+    return kept, [seen[distinct[number]] for number in numbers]
 
 
 def watch_of(options: TrainOptions, held: list[EncodedRow], folder: Path, small: Manifest | None) -> Watch:

@@ -9,6 +9,7 @@ from typing import Any
 
 from loram.artifact import read_manifest, sha256_file, sha256_json
 from loram.checkpoint import describe_base
+from loram.data.places import source_path
 from loram.errors import OptionError
 from loram.options import SECTIONS, RunOptions, StageOptions, from_mapping
 from loram.recipe import Recipe
@@ -44,7 +45,8 @@ class Step:
     def digest(self) -> str:
         """Changes when the options or the content of an input do."""
         options = {k: v for k, v in self.options.to_json().items() if k not in PLACES}
-        weights = [part.partition("=")[2] for part in getattr(self.options, "calibration", ())]
+        lists = ("data", "eval_data", "calibration")
+        weights = [s.removeprefix(source_path(s)) for key in lists for s in getattr(self.options, key, ())]
         inputs = [content_digest(item) for item in self.inputs]
         return sha256_json({"options": options, "inputs": inputs, "weights": weights})
 
@@ -107,12 +109,8 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
 def inputs_of(options: StageOptions) -> tuple[str, ...]:
     """The folders and files that options name."""
     named = [getattr(options, key, None) for key in INPUTS]
-    held = getattr(options, "eval_data", ())
-    listed = [
-        *getattr(options, "data", ()),
-        *held,
-        *(part.partition("=")[0] for part in getattr(options, "calibration", ())),
-    ]
+    lists = ("data", "eval_data", "calibration")
+    listed = [source_path(spec) for key in lists for spec in getattr(options, key, ())]
     return tuple(str(item) for item in (*named, *listed) if item)
 
 

@@ -7,6 +7,7 @@ Trainer has run would pull accelerate's state from under it.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,10 @@ from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
 from loram.artifact import TRACKED, read_json
-from loram.data.collate import collate
+from loram.data.collate import collate, collate_packs
 from loram.data.encoding import EncodedRow
+from loram.data.isolation import refuse_leaks
+from loram.data.packing import packed
 from loram.device import peak_bytes, reset_peak, resolve_dtype
 from loram.errors import Interrupted, OptionError, ResourceError
 from loram.option_fields import command_line
@@ -34,6 +37,8 @@ from loram.training.processes import is_writer
 from loram.training.signals import StopRequest
 from loram.training.trainer import CheckpointingTrainer, SaveAndStop, load_weights
 from loram.training.watching import Watch, Watcher, restore_best
+
+logger = logging.getLogger(__name__)
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -132,6 +137,14 @@ def train(
         ) from error
 
 
+def packed_for(model: nn.Module, rows: list[EncodedRow], options: TrainOptions) -> list[list[EncodedRow]]:
+    """The rows in packs of --max-length tokens; OptionError where the model would not keep them apart."""
+    refuse_leaks(model, max(len(row["input_ids"]) for row in rows))
+    packs = packed(rows, options.max_length)
+    logger.info("packing: %s rows in %s of %d tokens", f"{len(rows):,}", f"{len(packs):,}", options.max_length)
+    return packs
+
+
 def build_trainer(
     model: nn.Module, rows: list[EncodedRow], options: TrainOptions, folder: Path, parts: tuple[StepReport, Session]
 ) -> CheckpointingTrainer:
@@ -143,8 +156,8 @@ def build_trainer(
         trainer = CheckpointingTrainer(
             model=model,
             args=arguments,
-            train_dataset=rows,
-            data_collator=collate,
+            train_dataset=packed_for(model, rows, options) if options.packing else rows,
+            data_collator=collate_packs if options.packing else collate,
             callbacks=[watcher, SaveAndStop(options.save_every, session.stop), report],
         )
     except (ImportError, RuntimeError, ValueError) as error:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loram.data.collate import packed_tokens
 from loram.options import TrainOptions
 from loram.training import checkpoints
 from loram.training.metrics import StepReport
@@ -81,6 +82,13 @@ class CheckpointingTrainer(Trainer):
             )
         found: torch.optim.Optimizer = super().create_optimizer(model)
         return found
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if "position_ids" not in inputs:
+            super()._track_num_input_tokens(inputs)  # type: ignore[no-untyped-call]
+            return
+        found = self.accelerator.gather(packed_tokens(inputs["position_ids"])).sum()
+        self.state.num_input_tokens_seen += int(found.item())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         place = Path(str(self.args.output_dir))

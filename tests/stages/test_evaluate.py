@@ -189,3 +189,15 @@ def test_an_adapter_with_nan_is_refused(work: Path, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "nan" / "adapter_model.safetensors")
     with pytest.raises(MismatchError, match="NaN or Inf"):
         evaluate(options(work, adapter=str(tmp_path / "nan")))
+
+
+def test_packing_changes_no_figure(work: Path) -> None:
+    plain, packed = (evaluate(options(work, packing=packing, max_length=64)) for packing in (False, True))
+    assert (packed.loss.tokens, packed.loss.rows) == (plain.loss.tokens, plain.loss.rows)
+    assert packed.loss.mean == pytest.approx(plain.loss.mean, abs=1e-5)
+    assert packed.loss.stderr == pytest.approx(plain.loss.stderr, abs=1e-5)
+
+
+def test_weights_have_no_meaning_here(work: Path) -> None:
+    with pytest.raises(OptionError, match=r"--data .*data\.jsonl=2 has a weight, which only training data has"):
+        evaluate(options(work, data=(f"{work}/data.jsonl=2",)))

@@ -325,3 +325,11 @@ def test_run_stops_there_and_goes_on_there(work: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "adapter" / "loram.json").is_file()
     run(RunOptions(**where, out=str(tmp_path / "again")))
     assert found == lines(tmp_path / "again" / "train")
+
+
+def test_a_packed_run_goes_on_too(work: Path, tmp_path: Path) -> None:
+    packing = {"packing": True, "max_length": 40}
+    train(options(work, tmp_path / "undisturbed", **packing))
+    stop_at(work, tmp_path / "out", 4, **packing)
+    train(options(work, tmp_path / "out", **packing))
+    assert_undisturbed(tmp_path, tmp_path / "out")

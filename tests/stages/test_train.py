@@ -165,6 +165,27 @@ def test_wrong_kinds_and_outputs(work: Path, tmp_path: Path) -> None:
     train(options(work, tmp_path / "adapter", steps=1, force=True))
 
 
+def test_packs_weights_and_long_rows(work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    long_row = {"prompt": "And", "completion": " he said unto the people" * 20}
+    (tmp_path / "more.jsonl").write_text(json.dumps(long_row) + "\n" + json.dumps({"prompt": "a", "completion": "b"}))
+    data = (str(work / "data.jsonl") + "=0.5", str(tmp_path / "more.jsonl") + "=2")
+    caplog.set_level("INFO")
+    chosen = options(
+        work, tmp_path / "out", data=data, packing=True, long="drop", max_length=40, batch=2, steps=None, epochs=1.0
+    )
+    result = train(chosen)
+    assert (result.data.rows, result.data.too_long, result.data.cut) == (14, 2, 0)
+    assert result.run is not None
+    assert result.run.tokens == result.data.tokens
+    assert result.run.steps < 7
+    assert "packing: 14 rows in " in caplog.text
+
+
+def test_data_that_is_an_input_may_carry_a_weight(work: Path) -> None:
+    with pytest.raises(OutputError):
+        train(options(work, work / "data.jsonl", data=(f"{work}/data.jsonl=2",), force=True))
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_embeddings_patterns_and_layers_come_through_recover(work: Path, tmp_path: Path) -> None:
     """What is trained with the unusual options acts on the large model as the identity demands."""

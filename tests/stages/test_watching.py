@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loram.data.encoding import EncodedRow
 from loram.errors import Interrupted, OptionError, ResourceError
 from loram.options import EvalOptions, PruneOptions, RecoverOptions, TrainOptions
 from loram.progress import Progress
@@ -152,3 +153,11 @@ def test_a_large_model_that_does_not_fit_is_left_out_or_refused(
 def test_a_plain_model_has_nothing_to_recover(work: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="is about small models"):
         train(options(work, tmp_path / "out", model=str(work / "large"), recover_eval=2))
+
+
+def test_a_row_that_is_there_twice_is_on_one_side_only() -> None:
+    rows = [EncodedRow(input_ids=[1, number % 6], loss_mask=[False, True]) for number in range(12)]
+    chosen = TrainOptions(model="m", eval_split=0.5)
+    kept, held = watching.held_out(chosen, rows, None, 9)
+    assert (len(kept), len(held)) == (6, 3)
+    assert not {tuple(row["input_ids"]) for row in kept} & {tuple(row["input_ids"]) for row in held}

@@ -103,6 +103,25 @@ def test_losses_equal_a_hand_written_loop_however_the_batch_is_accumulated(tmp_p
     assert run.peak_bytes > 0
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packing_changes_no_loss_and_counts_no_padding(tmp_path: Path, checkpointing: bool) -> None:
+    rows = some_rows(12)
+    packing = {"packing": True, "max_length": 24, "checkpointing": checkpointing}
+    run = train_tiny(tmp_path, rows, batch=12, steps=5, warmup=2.0, **packing)
+    expected = by_hand(rows, steps=5, lr=1e-2, warmup=2)
+    torch.testing.assert_close([line["loss"] for line in records(tmp_path)], expected, rtol=1e-5, atol=1e-5)
+    assert run.tokens == 5 * sum(len(row["input_ids"]) for row in rows)
+
+
+def test_packing_is_refused_where_rows_would_leak(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "dynamic"}
+    model.config.max_position_embeddings = 8
+    chosen = options(packing=True, max_length=24)
+    with pytest.raises(OptionError, match="--packing: this model turns positions differently"):
+        fit(wrap(model, chosen), some_rows(12), chosen, tmp_path)
+
+
 def test_same_seed_same_losses_other_seed_other_losses(tmp_path: Path) -> None:
     losses = []
     for number, seed in enumerate((3, 3, 4)):
