@@ -76,9 +76,9 @@ def test_after_an_error_nothing_is_left_and_the_old_folder_stays(error: Any, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, Interrupted, SystemExit])
-def test_after_an_interruption_the_partial_folder_stays(error: type[BaseException], tmp_path: Path) -> None:
-    with pytest.raises(error):
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("prune was stopped", "loram prune"), SystemExit()])
+def test_after_an_interruption_the_partial_folder_stays(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(error)):
         break_off(tmp_path / "out", error)
     assert not (tmp_path / "out").exists()
     with drafting(tmp_path / "out", keep_partial=True) as draft:
