@@ -112,7 +112,8 @@ def ladder_section(ladder: dict[str, Any]) -> str:
         "",
         f"{ladder['verdict'][:1].upper()}{ladder['verdict'][1:]}.",
         "",
-        f"Took, on a machine shared with other work, {stages}; at most {peak:.1f} GiB. {ladder['machine']}. {ladder['date']}, commit `{ladder['commit']}`:",
+        f"Took, on a machine shared with other work, {stages}; at most {peak:.1f} GiB. {ladder['machine']}. "
+        f"{ladder['date']}, commit `{ladder['commit']}`:",
         "",
         "```console",
         *(f"$ {command}" for command in ladder["commands"]),
