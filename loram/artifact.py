@@ -147,6 +147,7 @@ def check_output(out: str | Path, inputs: Iterable[str | Path] = (), *, force: b
 
 def scratch(target: Path) -> tuple[Path, Path]:
     """Where OUT is written, and where an old OUT waits until the new one is complete."""
+    target = target if target.name else target.resolve()
     return target.with_name(target.name + ".partial"), target.with_name(f".{target.name}.replaced")
 
 

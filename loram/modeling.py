@@ -97,9 +97,9 @@ def load_model(path: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> PreTr
     """A large or small model. `dtype`: auto (the checkpoint's), bf16, fp16, fp32, or a torch dtype."""
     kwargs["dtype"] = BY_FLAG.get(dtype, dtype) if isinstance(dtype, str) else dtype
     kwargs = {"low_cpu_mem_usage": True, "use_safetensors": True, "trust_remote_code": False} | kwargs
+    classes = classes_in(path)
     if Path(path).is_dir():
         find_shards(Path(path))  # says it better than transformers does
-    classes = classes_in(path)
     loader: Any = classes[1] if classes else AutoModelForCausalLM
     hf_logging: Any = transformers_logging
     bars = hf_logging.is_progress_bar_enabled()

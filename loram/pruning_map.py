@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loram.artifact import read_json
-from loram.checkpoint import read_metadata, read_tensors
+from loram.checkpoint import read_config, read_metadata, read_tensors
 from loram.errors import PruningMapError
 from loram.families import AXES, FAMILIES, Dimension, Family, Geometry, Weight
 from loram.families.widths import Widths
@@ -205,7 +204,9 @@ def read_geometry(file: Path, header: Mapping[str, str], family: Family, sizes: 
     """
     if "geometry" in header:
         return Geometry(**json.loads(header["geometry"]))
-    small = family.geometry(read_json(file.parent / "config.json"))
+    if not (file.parent / "config.json").is_file():
+        raise KeyError("geometry")
+    small = family.geometry(read_config(file.parent))
     whole = {parse_axis(name)[1]: size for name, size in sizes.items()}
     kv_heads = whole.get("kv_heads", small.kv_heads)
     heads = small.heads // small.kv_heads * kv_heads

@@ -161,10 +161,16 @@ def test_a_small_config_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
 
 def test_what_transformers_cannot_load_is_one_sentence(stock: Callable[[str], Path], tmp_path: Path) -> None:
     folder = write_small_folder(stock("llama-gqa"), random_kept("llama-gqa", 1), tmp_path / "small")
-    (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"^transformers cannot load .*small: .*") as caught:
-        load_small(folder)
+        load_small(folder, attn_implementation="no such attention")
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_safetensors_is_no_model(stock: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = write_small_folder(stock("llama-gqa"), random_kept("llama-gqa", 1), tmp_path / "small")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle, which loram never reads"):
+        load_small(folder)
 
 
 def test_a_plain_model_is_loaded_as_it_is(stock: Callable[[str], Path]) -> None:

@@ -33,7 +33,6 @@ def test_it_harms_or_does_nothing_and_says_what_to_change() -> None:
         verdict = ladder(recovered).verdict()
         assert words in verdict
         assert "--calibration" in verdict
-        assert "--quantize nf4" in verdict
         assert "more steps" in verdict
 
 

@@ -318,7 +318,12 @@ def test_run_stops_there_and_goes_on_there(work: Path, tmp_path: Path) -> None:
     ) as caught:
         run(chosen, Disturbance((4, signal.SIGTERM)))
     assert "--force" not in str(caught.value)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["prune", "run.json", "train.partial"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "loram.log",
+        "prune",
+        "run.json",
+        "train.partial",
+    ]
     run(RunOptions(**where, out=str(tmp_path / "run")))
     found = lines(tmp_path / "run" / "train")
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
