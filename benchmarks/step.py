@@ -17,7 +17,6 @@ from loram import memory
 
 SEED = 0
 LEARNING_RATE = 2e-4
-CONTENDERS = ("loram", "loram-compiled", "stock")
 
 
 class LossClock(StepClock):
@@ -60,9 +59,7 @@ def token_rows(vocabulary: int, count: int, length: int) -> list[list[int]]:
     return found
 
 
-def ours(
-    who: str, folder: str, steps: int, batch: int, length: int, scratch: Path
-) -> Callable[[LossClock], None]:
+def ours(who: str, folder: str, steps: int, batch: int, length: int, scratch: Path) -> Callable[[LossClock], None]:
     """loram, ready to train."""
     from loram.data.encoding import EncodedRow
     from loram.modeling import load_model
@@ -89,8 +86,7 @@ def ours(
     model = wrap(load_model(folder, dtype="bf16"), options)
     mask = [False, *[True] * (length - 1)]
     rows = [
-        EncodedRow(input_ids=row, loss_mask=mask)
-        for row in token_rows(model.config.vocab_size, batch * steps, length)
+        EncodedRow(input_ids=row, loss_mask=mask) for row in token_rows(model.config.vocab_size, batch * steps, length)
     ]
     scratch.mkdir(exist_ok=True)
     read_weights(model)

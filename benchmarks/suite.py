@@ -207,16 +207,17 @@ def step(bench: Bench) -> Outcome:
     facts = {f"peak above the loaded model, {name}": mebibytes(runs, "above") for name, runs in samples.items()}
     facts |= {f"step, {name}": f"{middle(runs, 'cpu_step'):.3f} CPU s" for name, runs in samples.items()}
     if compiled in samples:
+        pair = samples[compiled], samples[usual]
         goals += [
-            Goal("with --compile: peak ÷ theirs", step_ratio(samples[compiled], samples[usual], "above")),
-            Goal("with --compile: CPU time of a step ÷ theirs", step_ratio(samples[compiled], samples[usual], "cpu_step")),
-            Goal("with --compile: largest difference between losses", loss_gap(samples[compiled], samples[usual]), ""),
+            Goal("with --compile: peak ÷ theirs", step_ratio(*pair, "above")),
+            Goal("with --compile: CPU time of a step ÷ theirs", step_ratio(*pair, "cpu_step")),
+            Goal("with --compile: largest difference between losses", loss_gap(*pair), ""),
         ]
         facts["first step with --compile"] = f"{middle(samples[compiled], 'cpu_first'):.1f} CPU s"
     setting = (
         f"{bench.describe('stepped')}; LoRA of rank 8 on all Linears, {size.step_batch} rows of {size.step_length} "
-        f"tokens, bf16, {size.steps} steps, the first of which is not timed; CPU and wall seconds in the table below are of "
-        "the whole process, peaks count from the loaded model on"
+        f"tokens, bf16, {size.steps} steps, the first of which is not timed; seconds in the table below are of the "
+        "whole process, peaks count from the loaded model on"
     )
     return Outcome("A training step beside the stock Trainer", setting, samples, goals, facts)
 
@@ -251,4 +252,10 @@ def show_help(bench: Bench) -> Outcome:
     return Outcome("Answer --help", "nothing heavy may be imported", samples, goals)
 
 
-SUITE: dict[str, Callable[[Bench], Outcome]] = {"merge": merge, "prune": prune, "train": train, "step": step, "help": show_help}
+SUITE: dict[str, Callable[[Bench], Outcome]] = {
+    "merge": merge,
+    "prune": prune,
+    "train": train,
+    "step": step,
+    "help": show_help,
+}

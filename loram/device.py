@@ -38,7 +38,9 @@ def refuse_without_compiler() -> None:
     """OptionError where torch.compile would find no C++ compiler; on a GPU it brings Triton."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if not torch.cuda.is_available() and shutil.which(name) is None:
-        raise OptionError(f"--compile needs a C++ compiler, and there is no {name}; install one, set CXX, or leave it out")
+        raise OptionError(
+            f"--compile needs a C++ compiler, and there is no {name}; install one, set CXX, or leave it out"
+        )
 
 
 def place(model: torch.nn.Module) -> torch.nn.Module:

@@ -171,10 +171,22 @@ def build_trainer(
         if not options.report_to:
             raise
         raise OptionError(f"--report-to {','.join(options.report_to)} does not work here: {error}") from error
+    refuse_shards(trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.metrics, trainer.identity, trainer.options = folder / METRICS, session.identity, options
     trainer.report = report
     return trainer
+
+
+def refuse_shards(trainer: CheckpointingTrainer) -> None:
+    """OptionError where no process would hold a whole model: loss, measurements and the written adapter need one."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    what = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed ZeRO-3" if plugin and plugin.zero_stage == 3 else None
+    if what is not None:
+        raise OptionError(
+            f"{what} keeps the weights in shards and loram needs them whole in every process; "
+            "use several processes without it, or DeepSpeed ZeRO-2 (docs/distributed.md)"
+        )
 
 
 @contextmanager

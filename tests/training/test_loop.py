@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from loram.device import resolve_dtype
 from loram.errors import MismatchError, OptionError
 from loram.options import TrainOptions
 from loram.progress import Progress
-from loram.training.loop import TrainingRun, fit, training_arguments
+from loram.training.loop import TrainingRun, fit, refuse_shards, training_arguments
 from loram.training.lora import wrap
 from loram.training.trainer import CheckpointingTrainer
 
@@ -213,7 +214,7 @@ def test_compile_reaches_the_trainer_and_is_off_by_default(tmp_path: Path, monke
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_compile_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(OptionError, match="--compile needs a C\+\+ compiler, and there is no no-such-compiler"):
+    with pytest.raises(OptionError, match=r"--compile needs a C\+\+ compiler, and there is no no-such-compiler"):
         train_tiny(tmp_path, some_rows(4), steps=1, compile=True)
 
 
@@ -230,6 +231,7 @@ def test_a_compiled_run_has_the_same_losses(tmp_path: Path) -> None:
 EIGHT_BIT = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit")
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", EIGHT_BIT)
 def test_optimizers_of_bitsandbytes_run(tmp_path: Path, name: str) -> None:
     pytest.importorskip("bitsandbytes")
@@ -253,9 +255,26 @@ def test_eight_bits_hold_the_optimizers_state(tmp_path: Path, monkeypatch: pytes
     assert torch.uint8 in kinds
 
 
+@pytest.mark.parametrize(("fsdp", "stage"), [(True, None), (False, 3)])
+def test_weights_in_shards_are_refused(fsdp: bool, stage: int | None) -> None:
+    plugin = SimpleNamespace(zero_stage=stage) if stage else None
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    trainer: Any = SimpleNamespace(is_fsdp_enabled=fsdp, accelerator=SimpleNamespace(state=state))
+    with pytest.raises(OptionError, match=r"in shards .* DeepSpeed ZeRO-2"):
+        refuse_shards(trainer)
+
+
+@pytest.mark.parametrize("plugin", [None, SimpleNamespace(zero_stage=2)])
+def test_whole_weights_are_not_refused(plugin: Any) -> None:
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    trainer: Any = SimpleNamespace(is_fsdp_enabled=False, accelerator=SimpleNamespace(state=state))
+    refuse_shards(trainer)
+
+
 def test_an_optimizer_whose_library_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
-    with pytest.raises(OptionError, match=r"^--optimizer adamw_bnb_8bit needs bitsandbytes; pip install 'loram\[quant\]'$"):
+    said = r"^--optimizer adamw_bnb_8bit needs bitsandbytes; pip install 'loram\[quant\]'$"
+    with pytest.raises(OptionError, match=said):
         train_tiny(tmp_path, some_rows(4), steps=1, optimizer="adamw_bnb_8bit")
 
 
