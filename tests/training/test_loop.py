@@ -219,6 +219,7 @@ def test_compile_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_has_the_same_losses(tmp_path: Path) -> None:
     losses = []
