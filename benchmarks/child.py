@@ -70,6 +70,13 @@ def train(model: str, steps: str, batch: str, length: str, scratch: str) -> Figu
     return train_steps(model, int(steps), int(batch), int(length), Path(scratch))
 
 
+def step(who: str, model: str, steps: str, batch: str, length: str, scratch: str) -> Figures:
+    """A few steps of loram's loop or of the stock Trainer, with the memory above the loaded model."""
+    from benchmarks.step import measured
+
+    return measured(who, model, int(steps), int(batch), int(length), Path(scratch))
+
+
 JOBS: dict[str, Callable[..., Figures]] = {
     "loram": loram,
     "floor": floor,
@@ -77,6 +84,7 @@ JOBS: dict[str, Callable[..., Figures]] = {
     "make-base": make_base,
     "make-adapter": make_adapter,
     "train": train,
+    "step": step,
 }
 
 

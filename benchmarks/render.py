@@ -87,6 +87,8 @@ def run_row(name: str, runs: list[dict[str, Any]]) -> str:
 def spell(value: float, unit: str, *, exact: bool = False) -> str:
     """A figure with its unit."""
     number = f"{value:g}" if exact else f"{value:,.0f}" if unit == "MiB" else f"{value:.2f}"
+    if not exact and 0 < abs(value) < 0.005:
+        number = f"{value:.0e}"
     return f"{number} {unit}" if unit not in ("", "×") else number + unit
 
 

@@ -43,12 +43,15 @@ class Size:
 
     checkpoint: Shape
     trained: Shape
+    stepped: Shape
     rank: int
     rounds: int
     help_rounds: int
     steps: int
     batch: int
     length: int
+    step_batch: int
+    step_length: int
     judged: bool
 
 
@@ -57,24 +60,31 @@ SIZES = {
     "tiny": Size(
         checkpoint=Shape(hidden=128, mlp=352, layers=4, heads=8, kv_heads=2, vocab=1000),
         trained=Shape(hidden=64, mlp=176, layers=4, heads=4, kv_heads=2, vocab=500),
+        stepped=Shape(hidden=64, mlp=176, layers=4, heads=4, kv_heads=2, vocab=2000),
         rank=4,
         rounds=1,
         help_rounds=2,
         steps=3,
         batch=2,
         length=32,
+        step_batch=2,
+        step_length=64,
         judged=False,
     ),
-    # 1.1 billion parameters to merge and prune (the shape of TinyLlama), 125 million to train on.
+    # 1.1 billion parameters to merge and prune (the shape of TinyLlama), 125 million to train on; for the step beside
+    # the stock Trainer, four layers of SmolLM2-135M's shape under its vocabulary.
     "full": Size(
         checkpoint=Shape(hidden=2048, mlp=5632, layers=22, heads=32, kv_heads=4, vocab=32000),
         trained=Shape(hidden=768, mlp=2048, layers=12, heads=12, kv_heads=4, vocab=32000),
+        stepped=Shape(hidden=576, mlp=1536, layers=4, heads=9, kv_heads=3, vocab=49152),
         rank=16,
         rounds=3,
         help_rounds=15,
         steps=6,
         batch=4,
         length=256,
+        step_batch=8,
+        step_length=512,
         judged=True,
     ),
 }

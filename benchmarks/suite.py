@@ -1,8 +1,9 @@
-"""The four benchmarks: what runs against what, and the goals their figures are held against."""
+"""The five benchmarks: what runs against what, and the goals their figures are held against."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -38,7 +39,7 @@ class Goal:
 
     def to_json(self) -> dict[str, Any]:
         """For results.json."""
-        return {**asdict(self), "value": round(self.value, 4), "met": self.met}
+        return {**asdict(self), "value": round(self.value, 6), "met": self.met}
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Bench:
         return interleaved(contenders, self.rounds or rounds or self.size.rounds, self.folder, outputs)
 
     def base(self, what: str = "checkpoint") -> Path:
-        """A random model, made once: `checkpoint` to merge into and to prune, `trained` to train on."""
+        """A random model, made once: `checkpoint` to merge into and to prune, `trained` and `stepped` to train on."""
         place = self.folder / what
         if not place.is_dir():
             say(f"  making a random model ({self.describe(what)})")
@@ -189,6 +190,54 @@ def step_ratio(first: list[Sample], second: list[Sample], what: str) -> float:
     return float(median(a.figures[what] / b.figures[what] for a, b in zip(first, second, strict=True)))
 
 
+def step(bench: Bench) -> Outcome:
+    """loram's training loop against the stock Trainer with peft: the same steps, memory and time beside each other."""
+    model, size = bench.base("stepped"), bench.size
+    given = (model, size.steps, size.step_batch, size.step_length, bench.folder / "step")
+    ours, usual, compiled = "loram train", "transformers.Trainer + peft", "loram train --compile"
+    contenders: dict[str, Command] = {ours: job("step", "loram", *given), usual: job("step", "stock", *given)}
+    if size.judged and shutil.which(os.environ.get("CXX", "g++")):  # a minute or two, and a C++ compiler, are needed
+        contenders[compiled] = job("step", "loram-compiled", *given)
+    samples = bench.race(contenders, {name: bench.folder / "step" for name in (ours, compiled)})
+    goals = [
+        Goal("peak above the loaded model ÷ theirs", step_ratio(samples[ours], samples[usual], "above"), at_most=0.8),
+        Goal("CPU time of a step ÷ theirs", step_ratio(samples[ours], samples[usual], "cpu_step"), at_most=1.0),
+        Goal("largest difference between losses", loss_gap(samples[ours], samples[usual]), "", at_most=1e-3),
+    ]
+    facts = {f"peak above the loaded model, {name}": mebibytes(runs, "above") for name, runs in samples.items()}
+    facts |= {f"step, {name}": f"{middle(runs, 'cpu_step'):.3f} CPU s" for name, runs in samples.items()}
+    if compiled in samples:
+        pair = samples[compiled], samples[usual]
+        goals += [
+            Goal("with --compile: peak ÷ theirs", step_ratio(*pair, "above")),
+            Goal("with --compile: CPU time of a step ÷ theirs", step_ratio(*pair, "cpu_step")),
+            Goal("with --compile: largest difference between losses", loss_gap(*pair), ""),
+        ]
+        facts["first step with --compile"] = f"{middle(samples[compiled], 'cpu_first'):.1f} CPU s"
+    setting = (
+        f"{bench.describe('stepped')}; LoRA of rank 8 on all Linears, {size.step_batch} rows of {size.step_length} "
+        f"tokens, bf16, {size.steps} steps, the first of which is not timed; seconds in the table below are of the "
+        "whole process, peaks count from the loaded model on"
+    )
+    return Outcome("A training step beside the stock Trainer", setting, samples, goals, facts)
+
+
+def loss_gap(first: list[Sample], second: list[Sample]) -> float:
+    """The largest difference between the losses of any step of any round."""
+    pairs = [zip(a.figures["losses"], b.figures["losses"], strict=True) for a, b in zip(first, second, strict=True)]
+    return max(abs(one - other) for pair in pairs for one, other in pair)
+
+
+def middle(runs: list[Sample], what: str) -> float:
+    """The median of a reported figure."""
+    return float(median(run.figures[what] for run in runs))
+
+
+def mebibytes(runs: list[Sample], what: str) -> str:
+    """The median of reported bytes, in words."""
+    return f"{middle(runs, what) / MIB:,.0f} MiB"
+
+
 def show_help(bench: Bench) -> Outcome:
     """`loram --help` against the import that any typer program pays for."""
     script = Path(sys.executable).with_name("loram")
@@ -203,4 +252,10 @@ def show_help(bench: Bench) -> Outcome:
     return Outcome("Answer --help", "nothing heavy may be imported", samples, goals)
 
 
-SUITE: dict[str, Callable[[Bench], Outcome]] = {"merge": merge, "prune": prune, "train": train, "help": show_help}
+SUITE: dict[str, Callable[[Bench], Outcome]] = {
+    "merge": merge,
+    "prune": prune,
+    "train": train,
+    "step": step,
+    "help": show_help,
+}

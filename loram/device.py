@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+
 import torch
 
 from loram import memory
@@ -28,6 +32,15 @@ def native_bf16() -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
+
+
+def refuse_without_compiler() -> None:
+    """OptionError where torch.compile would find no C++ compiler; on a GPU it brings Triton."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not torch.cuda.is_available() and shutil.which(name) is None:
+        raise OptionError(
+            f"--compile needs a C++ compiler, and there is no {name}; install one, set CXX, or leave it out"
+        )
 
 
 def place(model: torch.nn.Module) -> torch.nn.Module:

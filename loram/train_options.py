@@ -130,6 +130,11 @@ class LoopOptions(WritingOptions):
     accumulate: int = option(1, "Forward passes per optimizer step.", flags=("--gradient-accumulation-steps",))
     dtype: str = option("auto", "Dtype to load and compute in; auto is bf16 where it pays.", choices=("auto", *DTYPES))
     checkpointing: bool = option(False, "Recompute activations to save memory.", flags=("--gradient-checkpointing",))
+    compile: bool = option(
+        False,
+        "Compile the model (torch.compile): the first steps take minutes, the others less time; for long runs.",
+        flags=("--torch-compile",),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

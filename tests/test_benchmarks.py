@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the checkout's benchmarks are no part of the package
 
-from benchmarks import compare, measure, render, training  # noqa: E402
+from benchmarks import compare, measure, render, step, suite, training  # noqa: E402
 from benchmarks.sizes import SIZES, Shape  # noqa: E402
 from benchmarks.suite import SUITE, Goal, Outcome  # noqa: E402
 
@@ -123,6 +123,32 @@ def test_ratios_are_medians_of_rounds() -> None:
     assert measure.ratio(ours, theirs, "cpu") == 0.75
 
 
+def test_losses_are_compared_step_by_step() -> None:
+    def runs(*losses: list[float]) -> list[measure.Sample]:
+        return [SAMPLE(1, 1, 0, {"losses": each}) for each in losses]
+
+    assert suite.loss_gap(runs([3, 2], [3, 2]), runs([3, 2], [3, 2.5])) == 0.5
+    with pytest.raises(ValueError, match="shorter"):
+        suite.loss_gap(runs([3, 2]), runs([3]))
+
+
+def test_small_figures_are_not_rounded_to_nothing() -> None:
+    goal = Goal("gap", 0.000189, "", at_most=1e-3).to_json()
+    assert render.goal_row(goal, True) == "| gap | 2e-04 | ≤ 0.001: met |"
+    assert render.spell(0.0, "") == "0.00"
+
+
+def test_a_job_of_both_trainers_sees_the_same_rows() -> None:
+    assert step.token_rows(50, 3, 4) == step.token_rows(50, 3, 4)
+    assert {len(row) for row in step.token_rows(50, 3, 4)} == {4}
+
+
+def test_the_step_is_measured_under_a_real_vocabulary() -> None:
+    full = SIZES["full"]
+    assert (full.step_batch, full.step_length) == (8, 512)
+    assert full.stepped.vocab >= 49_000
+
+
 def test_compare_finds_one_bit(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     weights = {name: numpy.arange(6, dtype=numpy.float32).reshape(2, 3) for name in ("a", "b", "c")}
@@ -155,7 +181,7 @@ def test_operations_of_a_step_by_hand() -> None:
 
 def test_every_size_has_a_model_that_can_be_cut() -> None:
     for size in SIZES.values():
-        for shape in (size.checkpoint, size.trained):
+        for shape in (size.checkpoint, size.trained, size.stepped):
             assert shape.hidden % shape.heads == 0
             assert shape.heads % shape.kv_heads == 0
             assert shape.kv_heads >= 2

@@ -195,6 +195,16 @@ def test_the_ladder_page_lists_what_was_recorded() -> None:
     assert "$ loram run x -o RUN" in text
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "accelerate").glob("*.yaml")), ids=lambda file: file.name)
+def test_accelerate_reads_its_configurations(file: Path) -> None:
+    """None has been run; that accelerate knows every key can be said without a GPU."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(file))
+    assert config.num_processes == 2
+    assert "Not run by us" in file.read_text(encoding="utf-8").splitlines()[0]
+
+
 def test_the_picture_is_well_formed() -> None:
     picture = ElementTree.parse(ROOT / "docs" / "pipeline.svg").getroot()
     words = " ".join(text.strip() for text in picture.itertext())

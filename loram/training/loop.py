@@ -25,7 +25,7 @@ from loram.data.collate import collate, collate_packs
 from loram.data.encoding import EncodedRow
 from loram.data.isolation import refuse_leaks
 from loram.data.packing import packed
-from loram.device import peak_bytes, reset_peak, resolve_dtype
+from loram.device import peak_bytes, refuse_without_compiler, reset_peak, resolve_dtype
 from loram.errors import Interrupted, OptionError, ResourceError
 from loram.option_fields import command_line
 from loram.options import TrainOptions
@@ -129,12 +129,19 @@ def train(
             trainer = build_trainer(model, rows, options, folder, (report, session))
             trainer.train(resume_from_checkpoint=str(session.start.folder) if session.start else None)
     except ImportError as error:
-        raise OptionError(f"--optimizer {options.optimizer} needs a library: {error}") from error
+        raise missing_library(options.optimizer, error) from error
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"out of GPU memory at step {len(report.losses) + 1} with --batch {options.batch} and --max-length "
             f"{options.max_length}; lower --batch (and raise --accumulate), or add --checkpointing"
         ) from error
+
+
+def missing_library(optimizer: str, error: ImportError) -> OptionError:
+    """What to install for an optimizer that is not torch's own."""
+    if "bitsandbytes" in str(error):
+        return OptionError(f"--optimizer {optimizer} needs bitsandbytes; pip install 'loram[quant]'")
+    return OptionError(f"--optimizer {optimizer} needs a library: {error}")
 
 
 def packed_for(model: nn.Module, rows: list[EncodedRow], options: TrainOptions) -> list[list[EncodedRow]]:
@@ -164,10 +171,22 @@ def build_trainer(
         if not options.report_to:
             raise
         raise OptionError(f"--report-to {','.join(options.report_to)} does not work here: {error}") from error
+    refuse_shards(trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.metrics, trainer.identity, trainer.options = folder / METRICS, session.identity, options
     trainer.report = report
     return trainer
+
+
+def refuse_shards(trainer: CheckpointingTrainer) -> None:
+    """OptionError where no process would hold a whole model: loss, measurements and the written adapter need one."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    what = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed ZeRO-3" if plugin and plugin.zero_stage == 3 else None
+    if what is not None:
+        raise OptionError(
+            f"{what} keeps the weights in shards and loram needs them whole in every process; "
+            "use several processes without it, or DeepSpeed ZeRO-2 (docs/distributed.md)"
+        )
 
 
 @contextmanager
@@ -203,6 +222,8 @@ def is_finished(start: Checkpoint, watch: Watch, report: StepReport) -> bool:
 def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments:
     """The options in the Trainer's words. It logs every step to us and nothing to anybody else."""
     dtype = resolve_dtype(options.dtype)
+    if options.compile:
+        refuse_without_compiler()
     try:
         arguments = TrainingArguments(
             output_dir=str(folder / FOLDER),
@@ -216,6 +237,7 @@ def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments
             weight_decay=options.weight_decay,
             max_grad_norm=options.clip,
             optim=options.optimizer,
+            torch_compile=options.compile,
             seed=options.seed,
             bf16=dtype == "bf16",
             fp16=dtype == "fp16",

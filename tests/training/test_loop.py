@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +21,9 @@ from loram.device import resolve_dtype
 from loram.errors import MismatchError, OptionError
 from loram.options import TrainOptions
 from loram.progress import Progress
-from loram.training.loop import TrainingRun, fit
+from loram.training.loop import TrainingRun, fit, refuse_shards, training_arguments
 from loram.training.lora import wrap
+from loram.training.trainer import CheckpointingTrainer
 
 
 def options(**changes: Any) -> TrainOptions:
@@ -198,6 +203,80 @@ def test_nan_is_a_sentence_with_the_step(tmp_path: Path) -> None:
 def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"do not go together: .*nonsense"):
         train_tiny(tmp_path, some_rows(4), steps=1, optimizer="nonsense")
+
+
+def test_compile_reaches_the_trainer_and_is_off_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not training_arguments(options(), tmp_path).torch_compile
+    monkeypatch.setenv("CXX", sys.executable)  # anything that is there
+    assert training_arguments(options(compile=True), tmp_path).torch_compile
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_compile_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(OptionError, match=r"--compile needs a C\+\+ compiler, and there is no no-such-compiler"):
+        train_tiny(tmp_path, some_rows(4), steps=1, compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about torch
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_has_the_same_losses(tmp_path: Path) -> None:
+    losses = []
+    for compiled in (False, True):
+        train_tiny(tmp_path, some_rows(12), steps=2, compile=compiled)
+        losses.append([line["loss"] for line in records(tmp_path)])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+EIGHT_BIT = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit")
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_optimizers_of_bitsandbytes_run(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    run = train_tiny(tmp_path, some_rows(12), steps=6, optimizer=name)
+    assert run.loss_last < run.loss_first
+
+
+def test_eight_bits_hold_the_optimizers_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors stay in 32 bits (below 4096 weights), so the rank is high enough for larger ones."""
+    pytest.importorskip("bitsandbytes")
+    seen: list[Any] = []
+    plain = CheckpointingTrainer.create_optimizer
+
+    def kept(self: CheckpointingTrainer, model: Any = None) -> torch.optim.Optimizer:
+        seen.append(plain(self, model))
+        return seen[-1]
+
+    monkeypatch.setattr(CheckpointingTrainer, "create_optimizer", kept)
+    train_tiny(tmp_path, some_rows(4), steps=1, rank=128, optimizer="adamw_bnb_8bit")
+    kinds = {state["state1"].dtype for state in seen[0].state.values()}
+    assert torch.uint8 in kinds
+
+
+@pytest.mark.parametrize(("fsdp", "stage"), [(True, None), (False, 3)])
+def test_weights_in_shards_are_refused(fsdp: bool, stage: int | None) -> None:
+    plugin = SimpleNamespace(zero_stage=stage) if stage else None
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    trainer: Any = SimpleNamespace(is_fsdp_enabled=fsdp, accelerator=SimpleNamespace(state=state))
+    with pytest.raises(OptionError, match=r"in shards .* DeepSpeed ZeRO-2"):
+        refuse_shards(trainer)
+
+
+@pytest.mark.parametrize("plugin", [None, SimpleNamespace(zero_stage=2)])
+def test_whole_weights_are_not_refused(plugin: Any) -> None:
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    trainer: Any = SimpleNamespace(is_fsdp_enabled=False, accelerator=SimpleNamespace(state=state))
+    refuse_shards(trainer)
+
+
+def test_an_optimizer_whose_library_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    said = r"^--optimizer adamw_bnb_8bit needs bitsandbytes; pip install 'loram\[quant\]'$"
+    with pytest.raises(OptionError, match=said):
+        train_tiny(tmp_path, some_rows(4), steps=1, optimizer="adamw_bnb_8bit")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
