@@ -183,6 +183,11 @@ def tile_bounds(rows: int, row_bytes: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], rows][: len(starts)], strict=True))
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether there is no NaN and no Inf: the extremes tell, in one quick pass and without overflow."""
+    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The raw config.json of a model folder."""
     config = read_json(folder / "config.json")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from loram.artifact import write_json
-from loram.checkpoint import FLOATS, INDEX, Checkpoint
+from loram.checkpoint import FLOATS, INDEX, Checkpoint, all_finite
 from loram.errors import CheckpointError, FamilyError, MismatchError
 from loram.families import Family
 from loram.pruning_map import PruningMap
@@ -90,7 +89,7 @@ def cut_rows(checkpoint: Checkpoint, pruning_map: PruningMap, name: str, refitte
             tile = tile.index_select(0, inside)
         if kept_columns is not None:
             tile = tile.index_select(1, kept_columns)
-        if not bool(torch.isfinite(tile.sum(dtype=torch.float32))):
+        if not all_finite(tile):
             raise MismatchError(
                 f"{checkpoint.folder}: {name} holds NaN or Inf; the checkpoint is damaged: fetch it again"
             )

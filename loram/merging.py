@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loram.adapter import Adapter, LoraPair
 from loram.artifact import write_json
-from loram.checkpoint import FLOATS, INDEX, Checkpoint, TensorEntry, read_metadata
+from loram.checkpoint import FLOATS, INDEX, Checkpoint, TensorEntry, all_finite, read_metadata
 from loram.errors import AdapterError, CheckpointError, MismatchError
 from loram.shards import ShardWriter, TensorPlan, index_of, plan_header
 
@@ -35,11 +35,27 @@ class TileDelta:
         """Factors of ΔW = s·B·A; an embedding's update is its transpose."""
         return TileDelta(pair.b.float(), pair.a.float(), pair.scale, pair.embedding)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of ΔW, fp32."""
+    def rows(self, start: int, stop: int, out: Tensor) -> Tensor:
+        """Rows [start, stop) of ΔW, fp32, in `out` (or beside it, for an embedding)."""
         if self.transposed:
             return (self.left @ self.right[:, start:stop]).mul_(self.scale).T
-        return torch.mm(self.left[start:stop], self.right).mul_(self.scale)
+        torch.mm(self.left[start:stop], self.right, out=out)
+        return out if self.scale == 1 else out.mul_(self.scale)
+
+
+class Scratch:
+    """Two fp32 buffers that every tile uses again: fresh memory costs more than the arithmetic done in it."""
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(0), torch.empty(0)]
+
+    def pair(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Two fp32 tensors of a tile's shape, with whatever was in them."""
+        size = shape.numel()
+        if self._buffers[0].numel() < size:
+            self._buffers = [torch.empty(size), torch.empty(size)]
+        first, second = (buffer[:size].view(shape) for buffer in self._buffers)
+        return first, second
 
 
 def check_mergeable(checkpoint: Checkpoint, adapter: Adapter, tied: bool) -> None:
@@ -75,6 +91,7 @@ def merge_shards(
 
     Without `dtype` the base's headers are kept to the byte, and untouched tensors with them.
     """
+    scratch = Scratch()
     digests: dict[str, str] = {}
     layout: dict[str, list[TensorPlan]] = {}
     for shard in checkpoint.shards:
@@ -85,7 +102,7 @@ def merge_shards(
         header = checkpoint.headers[shard.name] if same else plan_header(plans, read_metadata(shard))
         with ShardWriter(out / shard.name, header) as writer:
             for entry, plan in zip(entries, plans, strict=True):
-                for rows in merged_tiles(checkpoint, entry, plan.dtype, adapter):
+                for rows in merged_tiles(checkpoint, entry, plan.dtype, adapter, scratch):
                     writer.write(rows)
                     advance(rows.numel() * rows.element_size())
         digests[shard.name] = writer.sha256
@@ -104,7 +121,9 @@ def merged_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
     return sum(TensorPlan(e.name, target_dtype(e, dtype), e.shape).nbytes for e in checkpoint.entries.values())
 
 
-def merged_tiles(checkpoint: Checkpoint, entry: TensorEntry, dtype: torch.dtype, adapter: Adapter) -> Iterator[Tensor]:
+def merged_tiles(
+    checkpoint: Checkpoint, entry: TensorEntry, dtype: torch.dtype, adapter: Adapter, scratch: Scratch
+) -> Iterator[Tensor]:
     """The tensor's rows, in order, with its update added; NaN and Inf are refused."""
     module = entry.name.removesuffix(".weight")
     updated = entry.name.endswith(".weight") and module in adapter.pairs
@@ -113,9 +132,12 @@ def merged_tiles(checkpoint: Checkpoint, entry: TensorEntry, dtype: torch.dtype,
         if delta is None:
             yield tile.to(dtype)
             continue
-        total = delta.rows(start, start + tile.shape[0]).add_(tile)
-        if not bool(torch.isfinite(total.sum())):
+        # Mixed dtypes take a slow path: the weight is widened by a copy, added in fp32, and narrowed by a copy.
+        total, widened = scratch.pair(tile.shape)
+        total = delta.rows(start, start + tile.shape[0], total).add_(widened.copy_(tile))
+        narrowed = tile.copy_(total) if tile.dtype == dtype else total.to(dtype)
+        if not all_finite(narrowed):
             raise MismatchError(
                 f"{entry.name} + update is NaN or Inf near row {start}; the base or the adapter is damaged"
             )
-        yield total.to(dtype)
+        yield narrowed
