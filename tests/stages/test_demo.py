@@ -36,6 +36,7 @@ def test_missing_model_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_demo_helps_the_real_model(tmp_path: Path) -> None:
     try:
         find_model()
