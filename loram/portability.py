@@ -33,8 +33,8 @@ def portability(adapter: Adapter, *, complete: bool = True) -> dict[str, Verdict
     return {
         "peft": Verdict(True) if complete else fits,
         "vllm": fits if not complete else _vllm(adapter, strange, patterns),
-        "sglang": fits if not complete else _sglang(adapter, strange),
-        "llama_cpp": fits if not complete else _llama_cpp(adapter, strange),
+        "sglang": fits if not complete else _reads_alpha_over_rank(adapter, strange, "is not served"),
+        "llama_cpp": fits if not complete else _reads_alpha_over_rank(adapter, strange, "cannot be converted"),
     }
 
 
@@ -49,17 +49,10 @@ def _vllm(adapter: Adapter, strange: list[str], patterns: bool) -> Verdict:
     return Verdict(True, f"--max-lora-rank {bucket}")
 
 
-def _sglang(adapter: Adapter, strange: list[str]) -> Verdict:
+def _reads_alpha_over_rank(adapter: Adapter, strange: list[str], trouble: str) -> Verdict:
+    """SGLang and llama.cpp's converter: one scale alpha/r for all modules, and no others than these."""
     if strange:
-        return Verdict(False, f"{strange[0]} is not served")
-    if not adapter.uniform:
-        return Verdict(False, "only alpha/r is read: rsLoRA and patterns come out wrong; recover with --portable")
-    return Verdict(True)
-
-
-def _llama_cpp(adapter: Adapter, strange: list[str]) -> Verdict:
-    if strange:
-        return Verdict(False, f"{strange[0]} cannot be converted")
+        return Verdict(False, f"{strange[0]} {trouble}")
     if not adapter.uniform:
         return Verdict(False, "only alpha/r is read: rsLoRA and patterns come out wrong; recover with --portable")
     return Verdict(True)
