@@ -1,12 +1,12 @@
 # `make demo` and `make test` do everything on a fresh clone; both work in .venv with the pinned constraints.
 #
-#   make setup EXTRAS=dev,quant,plots,eval,federated     more extras (they all install together)
+#   make setup EXTRAS=dev,quant,calibrate,plots,eval,federated     more extras (they all install together)
 #   make setup PYTHON=python3.12                         another interpreter
 #   make setup TORCH="--index-url URL"                   where pip takes torch from: the default index serves the CUDA
 #                                                        build on Linux (gigabytes); PyTorch has an index for CPU builds
 
 PYTHON ?= python3
-EXTRAS ?= dev,quant
+EXTRAS ?= dev,quant,calibrate
 TORCH  ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
