@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 # From what everything stands on to what stands on everything; a module may import from lower layers, and from
 # others of its own layer only within its own package or where SIBLINGS names it.
 LAYERS: list[set[str]] = [
-    {"families", "options", "option_fields", "data_options", "train_options", "errors", "progress", "results"}
-    | {"version", "memory"},
+    {"families", "options", "option_fields", "data_options", "prune_options", "train_options", "errors"}
+    | {"progress", "results", "version", "memory"},
     {"pruning_map", "checkpoint", "shards", "artifact", "recipe"},
     {"modeling", "sizes", "adapter", "device", "hub.download", "hub.failures", "portability"},
     {"data", "pruning", "blockwise", "cutting", "merging"},
@@ -26,9 +26,10 @@ LAYERS: list[set[str]] = [
     {"stages"},
 ]
 SIBLINGS = {
-    "options": {"errors", "families", "option_fields", "data_options", "train_options"},
+    "options": {"errors", "families", "option_fields", "data_options", "prune_options", "train_options"},
     "option_fields": {"errors"},
     "data_options": {"option_fields"},
+    "prune_options": {"errors", "families", "option_fields"},
     "train_options": {"errors", "option_fields", "data_options"},
     "families": {"errors"},
     "memory": {"errors"},
@@ -39,8 +40,8 @@ SIBLINGS = {
     "hub.download": {"hub.failures"},
 }
 NO_TORCH = {
-    *("errors", "families", "options", "option_fields", "data_options", "train_options", "progress", "results"),
-    "version",
+    *("errors", "families", "options", "option_fields", "data_options", "prune_options", "train_options", "progress"),
+    *("results", "version"),
     *("artifact", "recipe", "portability"),
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "lm_eval", "flwr", "matplotlib"}

@@ -1,6 +1,6 @@
 """Scores (one file each), selection, and solvers: pure functions over tensors.
 
-To add a score: a file with a Score, and a line in SCORES (and its name in options.SCORES).
+To add a score: a file with a Score, and a line in SCORES (and its name in prune_options.SCORES).
 """
 
 from __future__ import annotations
