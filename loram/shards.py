@@ -34,8 +34,10 @@ class TensorPlan:
         return count * self.dtype.itemsize
 
 
-def plan_header(tensors: Sequence[TensorPlan], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Length and header of a safetensors file that holds these tensors in this order."""
+def plan_header(
+    tensors: Sequence[TensorPlan], metadata: Mapping[str, str] | None = None, *, room: int = 0
+) -> bytes:
+    """Length and header of a safetensors file that holds these tensors in this order; at least `room` bytes."""
     body: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     offset = 0
     for plan in tensors:
@@ -46,7 +48,7 @@ def plan_header(tensors: Sequence[TensorPlan], metadata: Mapping[str, str] | Non
         }
         offset += plan.nbytes
     raw = json.dumps(body, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * max(-len(raw) % 8, room - 8 - len(raw))
     return struct.pack("<Q", len(raw)) + raw
 
 
