@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     plan: StageFunction
     prune: StageFunction
+    quantize: StageFunction
     train: StageFunction
     recover: StageFunction
     project: StageFunction
@@ -58,6 +59,7 @@ __all__ = [
     "project",
     "prune",
     "push",
+    "quantize",
     "recover",
     "register",
     "run",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from loram.checkpoint import FLOATS, INDEX, Checkpoint, all_finite
 from loram.errors import CheckpointError, FamilyError, MismatchError
 from loram.families import Family
 from loram.pruning_map import PruningMap
+from loram.quantization import Storage
+from loram.quantization.writing import Source
 from loram.shards import ShardWriter, TensorPlan, index_of, plan_header, plan_shards
 
 IGNORED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
@@ -73,6 +76,31 @@ def write_small(
     if len(shards) > 1:
         write_json(out / INDEX, index_of(shards))
     return digests
+
+
+def small_sources(checkpoint: Checkpoint, pruning_map: PruningMap, refitted: Refitted) -> list[Source]:
+    """The small checkpoint's tensors, each cut as it is read: for writing it in fewer bits without a detour."""
+    family = pruning_map.family
+
+    def source(name: str, dimensions: int) -> Source:
+        shape = pruning_map.small_shape(name.rpartition(".")[0])[:dimensions]
+        plan = TensorPlan(name, checkpoint.entry(name).dtype, shape)
+        return Source(plan, is_decoder_linear(family, name), lambda: cut_rows(checkpoint, pruning_map, name, refitted))
+
+    return [source(name, len(dimensions)) for name, dimensions, _ in family.tensors(checkpoint.config)]
+
+
+def is_decoder_linear(family: Family, name: str) -> bool:
+    """Whether a tensor is the weight of a Linear in a decoder layer: what is stored in fewer bits."""
+    module, _, kind = name.rpartition(".")
+    weight, layer = family.find(module)
+    return kind == "weight" and layer is not None and bool(weight.columns)
+
+
+def stored_config(config: Mapping[str, Any], storage: Storage, sources: Sequence[Source]) -> dict[str, Any]:
+    """A model's raw config, saying how its Linears are stored."""
+    others = next(source.plan.dtype for source in sources if not source.quantized)
+    return {**config, "quantization_config": storage.config(others)}
 
 
 def cut_rows(checkpoint: Checkpoint, pruning_map: PruningMap, name: str, refitted: Refitted) -> Iterator[Tensor]:

@@ -25,6 +25,7 @@ from loram.errors import CheckpointError, DataError, FamilyError
 from loram.families import FAMILIES, Family, family_of, is_small_config
 from loram.families.small import WIDTHS_KEY
 from loram.families.widths import Widths
+from loram.quantization.loading import keep_unpacked, require_library, settle
 
 
 @cache
@@ -41,8 +42,19 @@ def small_classes(model_type: str) -> tuple[type[Any], type[PreTrainedModel]]:
         stock_model.__init__(self, config, *args, **kwargs)
         narrow(self, family)
 
-    members = {"__init__": __init__, "config_class": config_class, "__module__": __name__}
-    return config_class, type(f"Loram{family.model_class}", (stock_model,), members)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        found: Any = super(model_class, cls).from_pretrained(*args, **kwargs)
+        keep_unpacked(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    members = {
+        "__init__": __init__,
+        "from_pretrained": classmethod(from_pretrained),
+        "config_class": config_class,
+        "__module__": __name__,
+    }
+    model_class: Any = type(f"Loram{family.model_class}", (stock_model,), members)
+    return config_class, model_class
 
 
 def narrow(model: PreTrainedModel, family: Family) -> None:
@@ -100,6 +112,7 @@ def load_model(path: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> PreTr
     classes = classes_in(path)
     if Path(path).is_dir():
         find_shards(Path(path))  # says it better than transformers does
+        require_library(read_json(Path(path) / "config.json"))
     loader: Any = classes[1] if classes else AutoModelForCausalLM
     hf_logging: Any = transformers_logging
     bars = hf_logging.is_progress_bar_enabled()
@@ -113,6 +126,7 @@ def load_model(path: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> PreTr
     finally:
         if bars:
             hf_logging.enable_progress_bar()
+    settle(model, kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else None)
     return model
 
 

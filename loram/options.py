@@ -23,6 +23,7 @@ from loram.option_fields import (
     require,
 )
 from loram.prune_options import SCORES, PlanOptions, PruneOptions
+from loram.quantize_options import QuantizeOptions
 from loram.train_options import TrainOptions
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "DataOptions",
     "PlanOptions",
     "PruneOptions",
+    "QuantizeOptions",
     "StageOptions",
     "TrainOptions",
     "WritingOptions",
@@ -160,6 +162,7 @@ class InitOptions(WritingOptions):
 SECTIONS: dict[str, type[StageOptions]] = {
     "plan": PlanOptions,
     "prune": PruneOptions,
+    "quantize": QuantizeOptions,
     "train": TrainOptions,
     "recover": RecoverOptions,
     "project": ProjectOptions,

@@ -64,6 +64,7 @@ class PruneOptions(CutOptions, WritingOptions):
     calibration: tuple[str, ...] = option(
         (), "Calibration text: FILE or 'builtin', optionally =WEIGHT; may be repeated. Use the text you will train on."
     )
+    quantize: str = option("none", "Store the small model in 4 or 8 bit at once.", choices=QUANTIZATIONS)
     columns: str | None = option(None, "Map data columns, e.g. prompt=question,completion=answer.")
     base_id: str | None = option(None, "Hub id of the large model, where its folder does not tell.")
     revision: str | None = option(None, "Branch, tag or commit of the large model on the Hub (or write ID@REVISION).")

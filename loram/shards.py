@@ -34,9 +34,7 @@ class TensorPlan:
         return count * self.dtype.itemsize
 
 
-def plan_header(
-    tensors: Sequence[TensorPlan], metadata: Mapping[str, str] | None = None, *, room: int = 0
-) -> bytes:
+def plan_header(tensors: Sequence[TensorPlan], metadata: Mapping[str, str] | None = None, *, room: int = 0) -> bytes:
     """Length and header of a safetensors file that holds these tensors in this order; at least `room` bytes."""
     body: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     offset = 0

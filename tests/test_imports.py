@@ -16,20 +16,38 @@ ROOT = Path(__file__).parents[1]
 # From what everything stands on to what stands on everything; a module may import from lower layers, and from
 # others of its own layer only within its own package or where SIBLINGS names it.
 LAYERS: list[set[str]] = [
-    {"families", "options", "option_fields", "data_options", "prune_options", "train_options", "errors"}
+    {
+        "families",
+        "options",
+        "option_fields",
+        "data_options",
+        "prune_options",
+        "quantize_options",
+        "train_options",
+        "errors",
+    }
     | {"progress", "results", "version", "memory"},
     {"pruning_map", "checkpoint", "shards", "artifact", "recipe"},
-    {"modeling", "sizes", "adapter", "device", "hub.download", "hub.failures", "portability"},
+    {"modeling", "quantization", "sizes", "adapter", "device", "hub.download", "hub.failures", "portability"},
     {"data", "pruning", "blockwise", "cutting", "merging"},
     {"training"},
     {"report", "hub", "evaluation", "federated", "verification"},
     {"stages"},
 ]
 SIBLINGS = {
-    "options": {"errors", "families", "option_fields", "data_options", "prune_options", "train_options"},
+    "options": {
+        "errors",
+        "families",
+        "option_fields",
+        "data_options",
+        "prune_options",
+        "quantize_options",
+        "train_options",
+    },
     "option_fields": {"errors"},
     "data_options": {"option_fields"},
     "prune_options": {"errors", "families", "option_fields"},
+    "quantize_options": {"option_fields"},
     "train_options": {"errors", "option_fields", "data_options"},
     "families": {"errors"},
     "memory": {"errors"},
@@ -37,10 +55,21 @@ SIBLINGS = {
     "shards": {"checkpoint"},
     "pruning_map": {"checkpoint", "shards"},
     "portability": {"adapter"},
+    "modeling": {"quantization"},
     "hub.download": {"hub.failures"},
 }
 NO_TORCH = {
-    *("errors", "families", "options", "option_fields", "data_options", "prune_options", "train_options", "progress"),
+    *(
+        "errors",
+        "families",
+        "options",
+        "option_fields",
+        "data_options",
+        "prune_options",
+        "quantize_options",
+        "train_options",
+        "progress",
+    ),
     *("results", "version"),
     *("artifact", "recipe", "portability"),
 }

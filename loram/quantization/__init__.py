@@ -1,4 +1,4 @@
-"""Fewer bits per weight, in bitsandbytes' own serialized formats: what transformers and bitsandbytes read by themselves.
+"""Fewer bits per weight, in bitsandbytes' own serialized formats, which stock transformers reads.
 
 A storage turns the rows of one weight into the tensors that stand for it, as a stream. To add one: a file with a
 `Storage`, and a line in STORAGES.

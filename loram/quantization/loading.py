@@ -40,8 +40,7 @@ def settle(model: nn.Module, dtype: torch.dtype | None) -> None:
     keep_unpacked(model)
     for module in model.modules():
         if dtype is not None and hasattr(module, "compute_dtype"):
-            module.compute_dtype = dtype
-            module.compute_type_is_set = True  # type: ignore[assignment]
+            setattr(module, "compute_dtype", dtype)  # noqa: B010 (torch's own types know nothing of it)
     # LLM.int8() multiplies in fp16 and says so at every layer; nobody can do anything about it.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 

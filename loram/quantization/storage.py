@@ -34,10 +34,11 @@ class Storage:
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:
         """The `quantization_config` as transformers writes it; computed in the dtype of the other tensors."""
-        from transformers import BitsAndBytesConfig
+        import transformers
 
         four_bit = {"bnb_4bit_compute_dtype": dtype} if self.options.get("load_in_4bit") else {}
-        body: dict[str, Any] = BitsAndBytesConfig(**self.options, **four_bit).to_dict()
+        kind: Any = transformers.BitsAndBytesConfig
+        body: dict[str, Any] = kind(**self.options, **four_bit).to_dict()
         return body
 
 

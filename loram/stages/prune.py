@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loram.artifact import Base, Draft, Manifest, check_output, drafting, read_manifest, write_json
 from loram.checkpoint import Checkpoint, describe_base, read_tensors
-from loram.cutting import Refitted, check_tensors, small_bytes, write_small
+from loram.cutting import Refitted, check_tensors, small_bytes, small_sources, stored_config, write_small
 from loram.data.calibration import calibration_windows, is_general
 from loram.errors import KindError
 from loram.families import Family, Geometry, Weight, family_of
@@ -27,6 +27,9 @@ from loram.pruning.refit import refit, refit_matrix
 from loram.pruning.score import unit_scores
 from loram.pruning.selection import layer_axes
 from loram.pruning_map import Axis, PruningMap
+from loram.quantization import STORAGES
+from loram.quantization.storage import bitsandbytes_functions
+from loram.quantization.writing import stored_bytes, write_stored
 from loram.results import StageResult
 from loram.shards import write_tensors
 from loram.sizes import parameters
@@ -100,6 +103,8 @@ def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
     manifest = read_manifest(folder)
     if manifest is not None and manifest.kind in ("small-model", "small-adapter", "adapter", "run"):
         raise KindError(f"{options.model} is a {manifest.kind}; `loram prune` works on the large model")
+    if options.quantize != "none":
+        bitsandbytes_functions()
     with Checkpoint(folder) as checkpoint:
         family = family_of(checkpoint.config)
         geometry = family.geometry(checkpoint.config)
@@ -154,30 +159,42 @@ def calibration_notes(options: PruneOptions) -> list[str]:
 
 def write(work: Pruning, draft: Draft, base: Base, progress: Progress) -> None:
     """Choose the axes, refit, and write the small model's folder."""
+    storage = STORAGES.get(work.options.quantize)
     spill = draft.path / "refit"
     spill.mkdir()
     choose(work, spill, progress)
-    refitted = spilled(spill)
-    pruning_map = work.map
-    total = small_bytes(work.checkpoint, pruning_map)
-    progress.begin("cut", total)
-    draft.digests.update(write_small(work.checkpoint, pruning_map, refitted, draft.path, advance=progress.advance))
-    progress.end()
+    config = write_weights(work, spilled(spill), draft, progress)
     for file in spill.iterdir():
         file.unlink()
     spill.rmdir()
-    pruning_map.save(draft.path)
-    write_json(draft.path / "config.json", small_config(work.checkpoint.config, work.widths))
+    work.map.save(draft.path)
+    write_json(draft.path / "config.json", config)
     copy_files(work.checkpoint.folder, draft.path, MODEL_FILES)
     draft.manifest = Manifest(
         kind="small-model",
         stage="prune",
         options=work.options.to_json(),
         family=work.family.name,
-        compression=("axes", "refit") if work.refits else ("axes",),
+        compression=("axes", *(["refit"] if work.refits else []), *([] if storage is None else [storage.name])),
         base=base,
-        pruning_map_sha256=pruning_map.sha256,
+        pruning_map_sha256=work.map.sha256,
     )
+
+
+def write_weights(work: Pruning, refitted: Refitted, draft: Draft, progress: Progress) -> dict[str, Any]:
+    """The small checkpoint's shards, in the storage asked for; returns its config."""
+    storage, pruning_map = STORAGES.get(work.options.quantize), work.map
+    config = small_config(work.checkpoint.config, work.widths)
+    if storage is None:
+        progress.begin("cut", small_bytes(work.checkpoint, pruning_map))
+        draft.digests.update(write_small(work.checkpoint, pruning_map, refitted, draft.path, advance=progress.advance))
+    else:
+        sources = small_sources(work.checkpoint, pruning_map, refitted)
+        progress.begin("cut and quantize", stored_bytes(sources, storage))
+        write_stored(sources, storage, draft.path, advance=progress.advance)
+        config = stored_config(config, storage, sources)
+    progress.end()
+    return config
 
 
 def choose(work: Pruning, spill: Path, progress: Progress) -> None:
