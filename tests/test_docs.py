@@ -25,7 +25,10 @@ from loram.results import StageResult
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-STAGE_PAGES = ("plan", "prune", "quantize", "train", "recover", "verify", "eval", "merge", "project", "run", "data", "files")
+STAGE_PAGES = (
+    *("plan", "prune", "quantize", "train", "recover", "verify", "eval"),
+    *("merge", "project", "run", "data", "files"),
+)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OTHER_FLAGS = {"--help", "--json", "--recipe", "--set"}
 BENCHMARK_FLAGS = {"--size", "--only", "--rounds", "--fresh", "--scratch", "--output"}
