@@ -232,9 +232,11 @@ def read_header(path: str | Path) -> tuple[bytes, dict[str, TensorEntry]]:
     with open(file, "rb", buffering=0) as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if prefix[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        fits = 2 <= length <= size - 8
+        # A header of 640 bytes begins like a pickle does: only a length that cannot be makes it one.
+        if not fits and prefix[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
             raise CheckpointError(f"{file} is a pickle, not safetensors; loram never reads pickles: convert it first")
-        if not 2 <= length <= size - 8:
+        if not fits:
             raise CheckpointError(f"{file} is empty, truncated, or not safetensors ({size} bytes); fetch it again")
         raw = stream.read(length)
     try:

@@ -1,7 +1,11 @@
-"""cut(large) written as a stream: rows and columns are gathered tile by tile, refitted weights taken as given."""
+"""cut(large) written as a stream: rows and columns are gathered tile by tile, refitted weights taken as given.
+
+Weights are spoken of by the large model's names; the small ones that are written may be numbered otherwise.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from loram.artifact import write_json
 from loram.checkpoint import FLOATS, INDEX, Checkpoint, all_finite
 from loram.errors import CheckpointError, FamilyError, MismatchError
 from loram.families import Family
+from loram.masks import masked
 from loram.pruning_map import PruningMap
 from loram.quantization import Storage
 from loram.quantization.writing import Source
@@ -60,16 +65,14 @@ def write_small(
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, str]:
     """Write the small checkpoint's shards and index; returns their sha256 by file name."""
-    plans: list[TensorPlan] = []
-    for name, dimensions, _ in pruning_map.family.tensors(checkpoint.config):
-        shape = pruning_map.small_shape(name.rpartition(".")[0])[: len(dimensions)]
-        plans.append(TensorPlan(name, checkpoint.entry(name).dtype, shape))
+    sources = small_tensors(checkpoint, pruning_map)
+    plans = [TensorPlan(name, checkpoint.entry(large).dtype, shape) for name, (large, shape) in sources.items()]
     shards = plan_shards(plans, shard_bytes)
     digests: dict[str, str] = {}
     for shard, group in shards.items():
         with ShardWriter(out / shard, plan_header(group)) as writer:
             for plan in group:
-                for rows in cut_rows(checkpoint, pruning_map, plan.name, refitted):
+                for rows in cut_rows(checkpoint, pruning_map, sources[plan.name][0], refitted):
                     writer.write(rows)
                     advance(rows.numel() * rows.element_size())
         digests[shard] = writer.sha256
@@ -82,12 +85,11 @@ def small_sources(checkpoint: Checkpoint, pruning_map: PruningMap, refitted: Ref
     """The small checkpoint's tensors, each cut as it is read: for writing it in fewer bits without a detour."""
     family = pruning_map.family
 
-    def source(name: str, dimensions: int) -> Source:
-        shape = pruning_map.small_shape(name.rpartition(".")[0])[:dimensions]
-        plan = TensorPlan(name, checkpoint.entry(name).dtype, shape)
+    def source(small: str, name: str, shape: tuple[int, ...]) -> Source:
+        plan = TensorPlan(small, checkpoint.entry(name).dtype, shape)
         return Source(plan, is_decoder_linear(family, name), lambda: cut_rows(checkpoint, pruning_map, name, refitted))
 
-    return [source(name, len(dimensions)) for name, dimensions, _ in family.tensors(checkpoint.config)]
+    return [source(small, *found) for small, found in small_tensors(checkpoint, pruning_map).items()]
 
 
 def is_decoder_linear(family: Family, name: str) -> bool:
@@ -103,15 +105,30 @@ def stored_config(config: Mapping[str, Any], storage: Storage, sources: Sequence
     return {**config, "quantization_config": storage.config(others)}
 
 
+def small_tensors(checkpoint: Checkpoint, pruning_map: PruningMap) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{small tensor: (the large tensor it is cut from, its shape)}, in the order of the forward pass."""
+    found = {}
+    for name, _, _ in pruning_map.family.tensors(checkpoint.config):
+        small = pruning_map.numbering.to_small(name)
+        if small is not None:
+            kept = [pruning_map.kept(name.rpartition(".")[0], dimension) for dimension in range(2)]
+            shape = checkpoint.entry(name).shape
+            found[small] = name, tuple(n if k is None else k.numel() for n, k in zip(shape, kept, strict=False))
+    return found
+
+
 def cut_rows(checkpoint: Checkpoint, pruning_map: PruningMap, name: str, refitted: Refitted) -> Iterator[Tensor]:
-    """The rows of one small tensor, in order."""
+    """The rows of the small tensor that is cut from the large tensor `name`, in order."""
     if name in refitted:
         yield refitted[name]()
         return
     module = name.rpartition(".")[0]
     kept_rows = pruning_map.kept(module, 0)
     kept_columns = pruning_map.kept(module, 1) if len(checkpoint.entry(name).shape) == 2 else None
+    mask = pruning_map.masks.get(name)
     for start, tile in checkpoint.tiles(name):
+        if mask is not None:
+            tile = masked(tile, mask.rows(start, start + tile.shape[0]))
         if kept_rows is not None:
             inside = kept_rows[(kept_rows >= start) & (kept_rows < start + tile.shape[0])] - start
             tile = tile.index_select(0, inside)
@@ -126,10 +143,5 @@ def cut_rows(checkpoint: Checkpoint, pruning_map: PruningMap, name: str, refitte
 
 def small_bytes(checkpoint: Checkpoint, pruning_map: PruningMap) -> int:
     """Bytes of the small checkpoint."""
-    total = 0
-    for name, dimensions, _ in pruning_map.family.tensors(checkpoint.config):
-        count = 1
-        for extent in pruning_map.small_shape(name.rpartition(".")[0])[: len(dimensions)]:
-            count *= extent
-        total += count * checkpoint.entry(name).dtype.itemsize
-    return total
+    sources = small_tensors(checkpoint, pruning_map).values()
+    return sum(math.prod(shape) * checkpoint.entry(name).dtype.itemsize for name, shape in sources)

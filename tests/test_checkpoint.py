@@ -220,3 +220,12 @@ def test_folders_without_weights_are_refused(tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle, which loram never reads"):
         Checkpoint(tmp_path)
+
+
+def test_a_header_of_640_bytes_is_no_pickle(tmp_path: Path) -> None:
+    """Its length, 0x0280, is written as a pickle of protocol 2 begins."""
+    file = tmp_path / "long.safetensors"
+    padding = 640 - (len(plan_header([TensorPlan("x", torch.uint8, (3,))], {"p": ""})) - 8)
+    file.write_bytes(plan_header([TensorPlan("x", torch.uint8, (3,))], {"p": "-" * padding}) + b"abc")
+    assert file.read_bytes()[:2] == b"\x80\x02"
+    assert read_tensors(file)["x"].tolist() == [97, 98, 99]

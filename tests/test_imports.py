@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
         "errors",
     }
     | {"progress", "results", "version", "memory"},
-    {"pruning_map", "checkpoint", "shards", "artifact", "recipe"},
+    {"pruning_map", "axes", "masks", "numbering", "checkpoint", "shards", "artifact", "recipe"},
     {"modeling", "quantization", "sizes", "adapter", "device", "hub.download", "hub.failures", "portability"},
     {"data", "pruning", "blockwise", "cutting", "merging"},
     {"training"},
@@ -53,7 +53,8 @@ SIBLINGS = {
     "memory": {"errors"},
     "checkpoint": {"artifact"},
     "shards": {"checkpoint"},
-    "pruning_map": {"checkpoint", "shards"},
+    "masks": {"checkpoint", "shards"},
+    "pruning_map": {"axes", "checkpoint", "masks", "numbering", "shards"},
     "portability": {"adapter"},
     "modeling": {"quantization"},
     "hub.download": {"hub.failures"},
@@ -71,7 +72,7 @@ NO_TORCH = {
         "progress",
     ),
     *("results", "version"),
-    *("artifact", "recipe", "portability"),
+    *("artifact", "recipe", "numbering", "portability"),
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "lm_eval", "flwr", "matplotlib"}
 

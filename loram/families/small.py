@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loram.families import SMALL_PREFIX, family_of
@@ -11,11 +11,14 @@ from loram.families.widths import Widths
 WIDTHS_KEY = "loram_widths"
 
 
-def small_config(config: Mapping[str, Any], widths: Widths) -> dict[str, Any]:
-    """The raw config of the small model: stock where all layers are alike, else ours with widths per layer."""
+def small_config(config: Mapping[str, Any], widths: Widths, layers: Sequence[int] | None = None) -> dict[str, Any]:
+    """The raw config of the small model: stock where all layers are alike, else ours with widths per layer.
+
+    `layers`: the kept ones, where some were dropped; `widths` speaks of these.
+    """
     family = family_of(config)
     geometry = family.geometry(config)
-    small = dict(config)
+    small = dict(config) if layers is None else without_layers(config, layers)
     if widths.uniform:
         small["head_dim"] = geometry.head_dim
         small["num_key_value_heads"] = widths.kv_heads[0]
@@ -26,4 +29,18 @@ def small_config(config: Mapping[str, Any], widths: Widths) -> dict[str, Any]:
     small["model_type"] = f"{SMALL_PREFIX}{model_type}"
     small["architectures"] = [f"Loram{family.model_class}"]
     small[WIDTHS_KEY] = {"kv_heads": list(widths.kv_heads), "mlp": list(widths.mlp)}
+    return small
+
+
+def without_layers(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """A raw config of the kept layers only: their count, and every list that has an entry per layer.
+
+    What a stock class derives from layer numbers (gemma3's layer_types) must be spelled out in `config` beforehand.
+    """
+    count = int(config["num_hidden_layers"])
+    small = dict(config)
+    for key, value in config.items():
+        if "layer" in key and isinstance(value, list) and len(value) == count:
+            small[key] = [value[number] for number in kept]
+    small["num_hidden_layers"] = len(kept)
     return small

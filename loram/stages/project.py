@@ -56,7 +56,7 @@ def project(options: ProjectOptions, progress: Progress = SILENT) -> ProjectResu
     with drafting(options.out, force=options.force, inputs=inputs) as draft:
         projected.save(draft.path, str(options.small))
         copy_files(options.small, draft.path)
-        pruning_map.save(draft.path)
+        pruning_map.without_masks().save(draft.path)
         assert small.base is not None
         draft.manifest = Manifest(
             kind="small-adapter",

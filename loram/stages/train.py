@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from loram.memory import format_bytes
 from loram.modeling import load_model, load_tokenizer
 from loram.options import TrainOptions
 from loram.progress import SILENT, Progress
-from loram.pruning_map import FILE as MAP_FILE
+from loram.pruning_map import read_map
 from loram.results import StageResult
 from loram.stages.lineage import copy_files, moved, parent_of
 from loram.stages.resuming import earlier_result, identity_of, is_same_run, open_session, writing
@@ -97,7 +96,7 @@ def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
             if is_writer():
                 copy_files(folder, draft.path)
                 if small is not None:
-                    shutil.copyfile(folder / MAP_FILE, draft.path / MAP_FILE)
+                    read_map(folder).without_masks().save(draft.path)
                 set_aside(draft.path, out)
     if is_writer():
         discard(out)
