@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -127,6 +128,21 @@ def load_model(path: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> PreTr
         if bars:
             hf_logging.enable_progress_bar()
     settle(model, kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else None)
+    return model
+
+
+def empty_model(path: str | Path, dtype: torch.dtype | None = None) -> Any:
+    """A large or small model of this folder's config, in evaluation mode, whose weights are on `meta`.
+
+    Buffers that are no part of the checkpoint (rotary frequencies) are real.
+    """
+    classes = classes_in(path)
+    config = (classes[0] if classes else AutoConfig).from_pretrained(str(path), trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        maker: Any = classes[1]._from_config if classes else AutoModelForCausalLM.from_config
+        model = maker(config, dtype=dtype)
+    model.train(False)
+    model.requires_grad_(False)
     return model
 
 

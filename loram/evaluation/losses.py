@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from loram.data.collate import IGNORED, collate, collate_packs, owners
 from loram.data.encoding import EncodedRow
@@ -19,7 +18,7 @@ from loram.data.isolation import refuse_leaks
 from loram.data.packing import pack
 from loram.errors import MismatchError
 from loram.progress import SILENT, Progress
-from loram.training.cross_entropy import capped, chunk_rows, soft_cap
+from loram.training.cross_entropy import position_losses
 
 
 @dataclass(frozen=True)
@@ -95,20 +94,9 @@ def batch_losses(model: Any, inputs: dict[str, torch.Tensor], owner: torch.Tenso
     targets = inputs["labels"][:, 1:]
     carry = targets != IGNORED
     kept, wanted = hidden[:, :-1][carry], targets[carry]
-    step = chunk_rows(int(inner.config.vocab_size))
-    losses = torch.cat(
-        [
-            nn.functional.cross_entropy(head_logits(inner, kept[i : i + step]), wanted[i : i + step], reduction="none")
-            for i in range(0, len(kept), step)
-        ]
-    )
+    losses = position_losses(inner, kept, wanted)
     sums = torch.zeros(int(owner.max()) + 1, dtype=torch.float64, device=losses.device)
     return sums.index_add(0, owner[:, 1:][carry], losses.double())
-
-
-def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """fp32 logits of some positions, with the soft cap that some configs name."""
-    return capped(model.get_output_embeddings()(hidden).float(), soft_cap(model))
 
 
 def summarize(losses: RowLosses) -> Loss:

@@ -230,12 +230,14 @@ def scores_beforehand(work: Pruning, layers: list[int]) -> dict[int, Any]:
         return {layer: layer_scores(work, layer) for layer in layers}
     if score.needs == "inputs":
         return {}
-    from loram.blockwise import whole_model_gradients
+    from loram.blockwise import BlockRunner, gradients
 
     assert work.windows is not None
-    logger.info("%s needs gradients: the whole model is in memory while they are computed", score.name)
-    with whole_model_gradients(work.checkpoint, work.family, work.windows) as gradients:
-        return {layer: layer_scores(work, layer, gradients=gradients) for layer in layers}
+    with BlockRunner(work.checkpoint, dtype=torch.float32) as runner:
+        return {
+            block.number: layer_scores(work, block.number, gradients=found)
+            for block, found in gradients(runner, work.windows, layers)
+        }
 
 
 def layer_scores(
@@ -249,7 +251,7 @@ def layer_scores(
 
     def companion(weight: Weight, start: int, stop: int) -> Tensor:
         if gradients is not None:
-            return gradients[f"{work.family.module(layer, weight)}.weight"][start:stop].float()
+            return gradients[weight.name][start:stop].float().cpu()
         return moments[weight.name].diagonal().clamp_min(0).sqrt() if moments else torch.empty(0)
 
     return unit_scores(

@@ -36,6 +36,22 @@ def soft_cap(model: Any) -> float | None:
     return found
 
 
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """fp32 logits of some positions, with the soft cap that some configs name."""
+    return capped(model.get_output_embeddings()(hidden).float(), soft_cap(model))
+
+
+def position_losses(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy, in fp32, of each hidden state (positions, width) against its next token; no gradients."""
+    rows = chunk_rows(int(model.config.vocab_size))
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+    for start in range(0, len(hidden), rows):
+        piece = slice(start, start + rows)
+        wanted = targets[piece].to(hidden.device)
+        losses[piece] = nn.functional.cross_entropy(head_logits(model, hidden[piece]), wanted, reduction="none")
+    return losses
+
+
 class FrozenHeadLoss(torch.autograd.Function):
     """Summed cross-entropy of hidden states under a head that is not trained."""
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 
 from loram.data.encoding import EncodedRow
 from loram.errors import MismatchError
-from loram.evaluation import losses as losses_module
 from loram.evaluation.losses import RowLosses, measure, paired_gain, ratio_estimate, summarize
 from loram.options import TrainOptions
+from loram.training import cross_entropy
 from loram.training.lora import wrap
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-llama-kjv"
@@ -72,7 +72,7 @@ def capped_gemma() -> Any:
 @pytest.mark.parametrize("build", [llama, llama_with_adapter, capped_gemma])
 @pytest.mark.parametrize(("batch", "chunk"), [(1, 512), (3, 4), (8, 512)])
 def test_row_losses_equal_brute_force(build: Any, batch: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses_module, "chunk_rows", lambda vocabulary: chunk)
+    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda vocabulary: chunk)
     model = build().eval()
     rows = rows_of(64)
     found = measure(model, rows, batch)

@@ -11,7 +11,7 @@ import torch
 from stock_models import LAYERS, VARIANTS, build, make, raw_config, tokens
 from torch import Tensor
 
-from loram.blockwise import observe_inputs, whole_model_gradients
+from loram.blockwise import observe_inputs
 from loram.checkpoint import Checkpoint
 from loram.errors import MismatchError
 from loram.families import family_of
@@ -84,7 +84,7 @@ def test_damaged_weights_are_named_by_layer(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
     model.save_pretrained(tmp_path)
-    with pytest.raises(MismatchError, match=r"layer 1: the input of mlp.down_proj is NaN or Inf"):
+    with pytest.raises(MismatchError, match=r"layer 1: its output is NaN or Inf"):
         observed(tmp_path, tokens(), 4)
 
 
@@ -97,21 +97,3 @@ def test_bf16_weights_are_read_as_they_are_stored(tmp_path: Path) -> None:
     expected = hooked_moments(model.float(), windows)
     for key, value in observed(tmp_path / "bf16", windows, 4).items():
         assert ((value - expected[key]).norm() / expected[key].norm()).item() < 2e-2, key
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_gradients_are_those_of_the_mean_loss_summed_over_windows(name: str, stock: Callable[[str], Path]) -> None:
-    windows = tokens(8, rows=3)
-    model = make(name)
-    for window in windows:
-        logits = model(window[None], use_cache=False).logits[0]
-        torch.nn.functional.cross_entropy(logits[:-1], window[1:]).backward()
-    state = dict(model.named_parameters())
-    with Checkpoint(stock(name)) as checkpoint:
-        family = family_of(checkpoint.config)
-        with whole_model_gradients(checkpoint, family, windows) as gradients:
-            assert len(gradients) == LAYERS * len(family.linears)
-            for key, value in gradients.items():
-                expected = state[key].grad
-                assert expected is not None
-                assert torch.allclose(value, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()), key

@@ -1,0 +1,138 @@
+"""What can be learnt from the inputs of a Linear, or from what a block does, while windows run through.
+
+An observer is called with rows of features (tokens, in) as they come, and sums in fp32 or wider on their device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from loram.blockwise.runner import BlockRunner
+from loram.checkpoint import Checkpoint
+from loram.families import Family
+
+Observer = Callable[[int, dict[str, Tensor]], None]
+"""Called after each layer with its number and {weight name: second moment Σ x·xᵀ, (in, in) fp32}."""
+
+
+class SecondMoment:
+    """Σ x·xᵀ, (in, in) fp32, over `count` tokens: the Hessian of a least-squares fit, up to a factor."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = torch.empty(0)
+
+    def __call__(self, x: Tensor) -> None:
+        """Add rows of features (tokens, in)."""
+        x = x.float()
+        if not self.count:
+            self.total = x.new_zeros(x.shape[1], x.shape[1])
+        self.total.addmm_(x.T, x)
+        self.count += len(x)
+
+    @property
+    def norm(self) -> Tensor:
+        """‖x‖₂ of each feature over all tokens, (in,)."""
+        return self.total.diagonal().clamp_min(0).sqrt()
+
+
+class Norm:
+    """Σ x², (in,) fp64, over `count` tokens; `norm` is its root, all that Wanda needs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = torch.empty(0)
+
+    def __call__(self, x: Tensor) -> None:
+        """Add rows of features (tokens, in)."""
+        squares = x.float().square().sum(0, dtype=torch.float64)
+        self.total = self.total + squares if self.count else squares
+        self.count += len(x)
+
+    @property
+    def norm(self) -> Tensor:
+        """‖x‖₂ of each feature over all tokens, (in,) fp32."""
+        return self.total.sqrt().float()
+
+
+class MeanVariance:
+    """Mean and variance of each feature, (in,) fp64, over `count` tokens, by Chan's update: FLAP (2312.11983)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.empty(0)
+        self._squares = torch.empty(0)
+
+    def __call__(self, x: Tensor) -> None:
+        """Add rows of features (tokens, in)."""
+        x = x.double()
+        mean, squares = x.mean(0), (x - x.mean(0)).square().sum(0)
+        if not self.count:
+            self.mean, self._squares, self.count = mean, squares, len(x)
+            return
+        total = self.count + len(x)
+        step = mean - self.mean
+        self._squares += squares + step.square() * (self.count * len(x) / total)
+        self.mean = self.mean + step * (len(x) / total)
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance with divisor n − 1 (n for a single token)."""
+        return self._squares / max(self.count - 1, 1)
+
+
+class Cosine:
+    """Mean over tokens of the cosine between a block's input and output; given to `around`.
+
+    1 − mean is the block's influence (ShortGPT 2403.03853).
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._total = 0.0
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        """Add a block's input and output (…, hidden)."""
+        found = torch.nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)
+        self._total += float(found.double().sum())
+        self.count += found.numel()
+
+    @property
+    def mean(self) -> float:
+        """The mean cosine."""
+        return self._total / self.count
+
+
+def shared_inputs(family: Family) -> dict[str, tuple[str, ...]]:
+    """The Linears of a layer by the input they share: {first name: all names}; q/k/v are one, gate/up another."""
+    groups: dict[tuple[str, object], list[str]] = {}
+    for weight in family.linears:
+        groups.setdefault((weight.name.rpartition(".")[0], weight.columns), []).append(weight.name)
+    return {names[0]: tuple(names) for names in groups.values()}
+
+
+def observe_inputs(
+    checkpoint: Checkpoint,
+    family: Family,
+    windows: Tensor,
+    layers: Collection[int],
+    observer: Observer,
+    *,
+    rows: int = 4,
+) -> None:
+    """Second moments of the inputs of o and down of `layers`, over `windows` (count, length) of token ids.
+
+    `rows` windows go through a layer at a time; layers behind the last one wanted are not run. Raises
+    MismatchError where activations are not finite.
+    """
+    with BlockRunner(checkpoint, rows=rows) as runner:
+        hidden = runner.embed(windows)
+        for block in runner.blocks(hidden, stop=max(layers, default=-1) + 1):
+            wanted = {w.name: SecondMoment() for w in family.outputs} if block.number in layers else {}
+            block.run(wanted)
+            if wanted:
+                observer(block.number, {name: found.total for name, found in wanted.items()})

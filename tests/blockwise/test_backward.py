@@ -1,0 +1,114 @@
+"""Gradients block by block are those of the whole model under autograd, and each weight is read twice at most."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from stock_models import GROUPED, LAYERS, VARIANTS, make, tokens
+from torch import Tensor
+
+from loram.blockwise import BlockRunner, gradients
+from loram.checkpoint import Checkpoint, TensorEntry
+from loram.errors import MismatchError
+from loram.families import family_of
+
+CAPPED = {"final_logit_softcapping": 3.0}
+
+
+class CountingCheckpoint(Checkpoint):
+    """A checkpoint that counts the bytes that are read of each tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.counts: Counter[str] = Counter()
+
+    def _read(self, entry: TensorEntry, first: int, last: int) -> Tensor:
+        self.counts[entry.name] += last - first
+        return super()._read(entry, first, last)
+
+
+def found_gradients(
+    folder: Path, windows: Tensor, layers: tuple[int, ...] | None = None, **options: object
+) -> dict[str, Tensor]:
+    found = {}
+    with Checkpoint(folder) as checkpoint, BlockRunner(checkpoint, rows=2, **options) as runner:  # type: ignore[arg-type]
+        for block, slopes in gradients(runner, windows, layers):
+            found |= {f"{block.name}.{name}.weight": slope for name, slope in slopes.items()}
+    return found
+
+
+def whole_gradients(model: torch.nn.Module, windows: Tensor) -> dict[str, Tensor]:
+    """One window after the other through the whole model: the sum over windows of the mean loss."""
+    for window in windows:
+        logits = model(window[None], use_cache=False).logits[0]
+        torch.nn.functional.cross_entropy(logits[:-1], window[1:]).backward()
+    linears = ("_proj.weight",)
+    return {name: p.grad for name, p in model.named_parameters() if name.endswith(linears) and p.grad is not None}
+
+
+def agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert ((found[name] - value).norm() / value.norm()).item() < 1e-5, name
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_are_those_of_the_whole_model(name: str, stock: Callable[[str], Path]) -> None:
+    windows = tokens(8, rows=5)
+    expected = whole_gradients(make(name), windows)
+    assert len(expected) == LAYERS * (4 if name.startswith("phi3") else 7)
+    agree(found_gradients(stock(name), windows), expected)
+
+
+def test_soft_capped_logits(tmp_path: Path) -> None:
+    model = make("gemma3_text-gqa")
+    model.config.final_logit_softcapping = CAPPED["final_logit_softcapping"]
+    model.save_pretrained(tmp_path)
+    windows = tokens(9, rows=3)
+    plain = whole_gradients(make("gemma3_text-gqa"), windows)
+    expected = whole_gradients(model, windows)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(expected[name], plain[name], rtol=0.1), "the cap makes no difference"
+    agree(found_gradients(tmp_path, windows), expected)
+
+
+def test_only_the_layers_asked_for(stock: Callable[[str], Path]) -> None:
+    windows = tokens(8, rows=3)
+    expected = whole_gradients(make("qwen3-gqa"), windows)
+    found = found_gradients(stock("qwen3-gqa"), windows, (1,))
+    agree(found, {name: value for name, value in expected.items() if ".layers.1." in name})
+    assert found_gradients(stock("qwen3-gqa"), windows, ()) == {}
+
+
+def test_inputs_in_spill_files_change_nothing(stock: Callable[[str], Path], tmp_path: Path) -> None:
+    windows = tokens(8, rows=5)
+    spilled = found_gradients(stock("llama-gqa"), windows, hidden_memory=0, spill=tmp_path)
+    for name, value in found_gradients(stock("llama-gqa"), windows).items():
+        assert torch.equal(spilled[name], value), name
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [*GROUPED, "llama-mha"])
+def test_each_weight_is_read_twice_at_most(name: str, stock: Callable[[str], Path]) -> None:
+    with CountingCheckpoint(stock(name)) as checkpoint, BlockRunner(checkpoint, rows=1) as runner:
+        for _ in gradients(runner, tokens(8, rows=6)):
+            pass
+        sizes = {key: entry.end - entry.start for key, entry in checkpoint.entries.items()}
+        family = family_of(checkpoint.config)
+    assert set(checkpoint.counts) == set(sizes)
+    for key, count in checkpoint.counts.items():
+        assert count == (2 if key.startswith(family.prefix) else count // sizes[key]) * sizes[key]
+        assert count <= 2 * sizes[key], key
+
+
+def test_gradients_that_are_not_finite_name_the_layer(tmp_path: Path) -> None:
+    model = make("llama-gqa")
+    with torch.no_grad():
+        model.lm_head.weight[5, 5] = float("inf")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(MismatchError, match=r"layer 2: the gradient of self_attn.q_proj is NaN or Inf"):
+        found_gradients(tmp_path, tokens())
