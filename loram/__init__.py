@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     plan: StageFunction
     prune: StageFunction
-    align: StageFunction
     quantize: StageFunction
     train: StageFunction
     recover: StageFunction
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "__version__",
-    "align",
     "demo",
     "evaluate",
     "init",

@@ -20,6 +20,8 @@ from loram.checkpoint import TensorEntry, read_entry, read_header, tile_bounds
 from loram.errors import PruningMapError
 from loram.shards import write_tensors
 
+MASK_FILE = ".mask.safetensors"
+
 
 @dataclass(frozen=True, eq=False)
 class PackedMask:
@@ -48,9 +50,21 @@ class PackedMask:
         packed = numpy.packbits(mask.cpu().contiguous().numpy().reshape(-1))
         return PackedMask(name, (int(mask.shape[0]), int(mask.shape[1])), torch.from_numpy(packed))
 
+    @staticmethod
+    def of_rows(name: str, shape: tuple[int, int], rows: Iterable[Tensor]) -> PackedMask:
+        """A boolean mask (out, in) that comes in pieces of rows; all but the last end at a whole byte."""
+        packed = numpy.empty((shape[0] * shape[1] + 7) // 8, dtype=numpy.uint8)
+        done = 0
+        for piece in rows:
+            bits = numpy.packbits(piece.cpu().contiguous().numpy().reshape(-1))
+            packed[done : done + bits.size] = bits
+            done += bits.size
+        assert done == packed.size, "pieces must cover the weight"
+        return PackedMask(name, shape, torch.from_numpy(packed))
+
     def spilled(self, folder: Path) -> PackedMask:
         """The same mask, its bytes in a file of its own in `folder` and no longer in memory."""
-        file = folder / f"{self.name}.mask.safetensors"
+        file = folder / f"{self.name}{MASK_FILE}"
         write_tensors(file, {self.name: self.packed()})
         return replace(self, stored=read_header(file)[1][self.name])
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loram.families.sparsity import Sparsity, parse_sparsity
 from loram.families.widths import parse_ratio
 from loram.option_fields import DTYPES, StageOptions, WritingOptions, argument, flag, option, require
 
-METHODS = ("structured", "random")
-SCORES = ("wanda", "magnitude", "taylor")
+METHODS = ("structured", "random", "semi", "unstructured", "given")
+UNIT_SCORES = ("wanda", "magnitude", "taylor")
+"""Importances of whole heads and channels, for --method structured."""
+WEIGHT_SCORES = ("wanda", "magnitude", "sparsegpt")
+"""Importances of single weights, for --method semi and unstructured."""
+SCORES = tuple(dict.fromkeys((*UNIT_SCORES, *WEIGHT_SCORES)))
+RATIO, PATTERN = "0.5", "2:4"
+KEEP_FIRST, KEEP_LAST = 4, 2
 QUANTIZATIONS = ("none", "nf4", "int8")
 
 
@@ -17,12 +24,24 @@ class CutOptions(StageOptions):
     """How much is cut away, and where: shared by plan and prune."""
 
     method: str = option(
-        "structured", "What is cut: the units with the lowest scores, or random ones.", choices=METHODS
+        "structured",
+        "What is cut: heads and channels by score (structured) or at random; single weights by N:M pattern (semi) or "
+        "ratio (unstructured); or what --given has cut.",
+        choices=METHODS,
     )
-    score: str = option("wanda", "How units are scored with --method structured.", choices=SCORES)
-    ratio: str = option("0.5", "Share of each layer's heads and channels to remove, as an exact decimal or fraction.")
-    keep_first: int = option(4, "Leave the first N layers whole.")
-    keep_last: int = option(2, "Leave the last N layers whole.")
+    score: str = option(
+        "wanda",
+        f"How importance is measured; single weights: {', '.join(WEIGHT_SCORES)}; units: {', '.join(UNIT_SCORES)}.",
+        choices=SCORES,
+    )
+    ratio: str = option(
+        RATIO, "Share of each layer's heads and channels (or weights) to remove, as an exact decimal or fraction."
+    )
+    pattern: str | None = option(
+        None, f"With --method semi: keep N of every M consecutive weights of a row, N:M (default {PATTERN})."
+    )
+    keep_first: int = option(KEEP_FIRST, "Leave the first N layers whole (single weights are pruned in every layer).")
+    keep_last: int = option(KEEP_LAST, "Leave the last N layers whole.")
     round_to: int = option(1, "Round kept MLP channels down to a multiple of N (64 suits GPUs).")
     samples: int = option(32, "Calibration windows in all.")
     length: int = option(256, "Tokens in a calibration window.")
@@ -31,9 +50,56 @@ class CutOptions(StageOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_ratio(self.ratio)
+        self._check_method()
         require(self.keep_first >= 0 and self.keep_last >= 0, "--keep-first and --keep-last must be 0 or more")
         require(self.round_to >= 1, f"--round-to is {self.round_to}; it must be 1 or more")
         require(self.samples >= 1 and self.length >= 2, "--samples must be at least 1 and --length at least 2")
+
+    @property
+    def by_weight(self) -> bool:
+        """Whether single weights go, and the shapes stay."""
+        return self.method in ("semi", "unstructured", "given")
+
+    @property
+    def sparsity(self) -> Sparsity | None:
+        """How many single weights go; None where units do, or where it has been decided elsewhere."""
+        if self.method == "semi":
+            return parse_sparsity(PATTERN if self.pattern is None else self.pattern)
+        return Sparsity(parse_ratio(self.ratio)) if self.method == "unstructured" else None
+
+    def _check_method(self) -> None:
+        """OptionError for an option that the method has no use for."""
+        method, score = self.method, self.score
+        require(self.pattern is None or method == "semi", f"--pattern has no use with --method {method}; use semi")
+        if method == "structured":
+            require(
+                score in UNIT_SCORES,
+                f"--score {score} measures single weights; for whole heads and channels use one of "
+                f"{', '.join(UNIT_SCORES)}, or prune single weights with --method semi or unstructured",
+            )
+        if not self.by_weight:
+            return
+        assert self.sparsity or method == "given"  # refuses an impossible pattern
+        require(
+            score in WEIGHT_SCORES,
+            f"--score {score} measures whole heads and channels; with --method {method} use one of "
+            f"{', '.join(WEIGHT_SCORES)}",
+        )
+        require(
+            method == "unstructured" or self.ratio == RATIO,
+            f"--ratio {self.ratio} has no use with --method {method}, which "
+            + (
+                "keeps N of every M: give --pattern N:M, or --method unstructured"
+                if method == "semi"
+                else "keeps what is there: leave it out"
+            ),
+        )
+        for name, usual in (("keep_first", KEEP_FIRST), ("keep_last", KEEP_LAST), ("round_to", 1)):
+            require(
+                getattr(self, name) in (0, usual),
+                f"--{flag(name)} {getattr(self, name)} has no use with --method {method}, which prunes single weights "
+                "of every decoder layer; leave it out",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +118,9 @@ class PlanOptions(CutOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            self.method != "given", "--method given is of `loram prune`: its --given FOLDER has been pruned already"
+        )
         for name in ("rank", "batch", "max_length"):
             require(getattr(self, name) >= 1, f"--{flag(name)} is {getattr(self, name)}; it must be 1 or more")
 
@@ -64,7 +133,16 @@ class PruneOptions(CutOptions, WritingOptions):
     calibration: tuple[str, ...] = option(
         (), "Calibration text: FILE or 'builtin', optionally =WEIGHT; may be repeated. Use the text you will train on."
     )
+    given: str | None = option(
+        None, "With --method given: a sparse checkpoint of MODEL from elsewhere; its zeros are the mask."
+    )
     quantize: str = option("none", "Store the small model in 4 or 8 bit at once.", choices=QUANTIZATIONS)
     columns: str | None = option(None, "Map data columns, e.g. prompt=question,completion=answer.")
     base_id: str | None = option(None, "Hub id of the large model, where its folder does not tell.")
     revision: str | None = option(None, "Branch, tag or commit of the large model on the Hub (or write ID@REVISION).")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        asked = self.method == "given"
+        require(not asked or bool(self.given), "--method given needs the sparse checkpoint: add --given FOLDER")
+        require(asked or self.given is None, f"--given has no use with --method {self.method}; add --method given")

@@ -67,21 +67,7 @@ def read_calibration(path: str, columns: str | None = None) -> Source:
 
 
 def source_windows(source: Source, tokenizer: Any, count: int, length: int, seed: int) -> list[torch.Tensor]:
-    """`count` windows from one source, or as many as it fills, which is said; DataError where it fills none."""
-    found = text_windows(source, tokenizer, count, length, seed)
-    if len(found) < count:
-        logger.warning(
-            "calibration text %s fills %d windows of %d tokens, not %d; more text repairs the cut better",
-            source.path,
-            len(found),
-            length,
-            count,
-        )
-    return found
-
-
-def text_windows(source: Source, tokenizer: Any, count: int, length: int, seed: int) -> list[torch.Tensor]:
-    """At most `count` windows from one source; DataError where it holds too little text for one."""
+    """`count` windows from one source; DataError where it holds too little text."""
     bos = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     body = length - len(bos)
     order = list(source.rows)
@@ -92,10 +78,19 @@ def text_windows(source: Source, tokenizer: Any, count: int, length: int, seed: 
             break
         ids = encode_example(example, tokenizer)["input_ids"]
         stream += ids[len(bos) :] if ids[: len(bos)] == bos else ids
-    enough = min(count, len(stream) // body)
+    enough = len(stream) // body
     if not enough:
         raise DataError(
             f"calibration text {source.path} holds {len(stream)} tokens, less than one window of {length}; "
             "add text, or lower --length"
         )
-    return [torch.tensor(bos + stream[body * i : body * (i + 1)]) for i in range(enough)]
+    if enough < count:
+        logger.warning(
+            "calibration text %s fills %d windows of %d tokens, not %d; more text repairs the cut better",
+            source.path,
+            enough,
+            length,
+            count,
+        )
+        count = enough
+    return [torch.tensor(bos + stream[body * i : body * (i + 1)]) for i in range(count)]

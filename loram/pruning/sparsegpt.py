@@ -16,6 +16,7 @@ from torch import Tensor
 from loram.families.sparsity import Sparsity
 from loram.pruning.inverse import DAMPING, inverse_factor
 from loram.pruning.lowest import lowest_of_groups, lowest_per_row
+from loram.pruning.weight_score import WeightScore
 
 BLOCK = 128
 INNER = 32
@@ -110,3 +111,6 @@ def solve_groups(part: Tensor, lost: Tensor, inner: Tensor, scale: Tensor, spars
                 columns[column].sub_(mistakes[before], alpha=owes[column][before])
             mistakes[column].mul_(columns[column])
     return errors
+
+
+SPARSEGPT = WeightScore("sparsegpt", "moments", prune=sparsegpt, updates=True)

@@ -6,16 +6,15 @@ time are counted, from the highest down: one pass over a 16-bit weight, two over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from loram.pruning.weight_score import Tiles
+
 DIGIT = 16
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-Tiles = Callable[[], Iterable[Tensor]]
-"""The rows of a weight in pieces, each overwritten by the next; may be read several times."""
 
 
 def magnitudes(tile: Tensor) -> Tensor:
@@ -43,8 +42,8 @@ def nth_magnitude(tiles: Tiles, count: int) -> tuple[int, int]:
     return known, left
 
 
-def smallest(tiles: Tiles, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each tile with a bool mask of what goes: the `count` smallest |w| of all, among equals the first."""
+def smallest(tiles: Tiles, count: int) -> Iterator[Tensor]:
+    """A bool mask of what goes, tile by tile: the `count` smallest |w| of all, among equals the first."""
     limit, ties = nth_magnitude(tiles, count) if count else (0, 0)
     for tile in tiles():
         keys = magnitudes(tile)
@@ -52,4 +51,4 @@ def smallest(tiles: Tiles, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         places = equal.reshape(-1).nonzero()[:ties, 0]
         gone.reshape(-1)[places] = True
         ties -= places.numel()
-        yield tile, gone
+        yield gone

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ from loram.families import Family, Geometry, Weight, family_of
 from loram.families.small import small_config
 from loram.families.widths import Cut, Widths, describe_uncut, parse_ratio
 from loram.hub.download import resolve_model
+from loram.masks import MASK_FILE, PackedMask
 from loram.memory import check_disk
 from loram.options import PruneOptions
 from loram.progress import SILENT, Progress
-from loram.pruning import SCORES
+from loram.pruning import SCORES, WEIGHT_SCORES
 from loram.pruning.refit import refit, refit_matrix
 from loram.pruning.score import unit_scores
 from loram.pruning.selection import layer_axes
@@ -33,7 +36,9 @@ from loram.quantization.writing import stored_bytes, write_stored
 from loram.results import StageResult
 from loram.shards import write_tensors
 from loram.sizes import parameters
+from loram.stages.given import GivenSparse, open_given
 from loram.stages.lineage import MODEL_FILES, copy_files
+from loram.stages.sparsify import Sparsifying, check_widths, removed, sparsify
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,8 @@ class PruneResult(StageResult):
     small: int
     widths: Widths
     notes: tuple[str, ...] = ()
+    masked: str = ""
+    """What single weights were pruned by; then `small` counts those that stay."""
 
     def to_json(self) -> dict[str, Any]:
         """path, params.large, params.small."""
@@ -61,7 +68,7 @@ class PruneResult(StageResult):
         whole = max(self.widths.mlp), max(self.widths.kv_heads)
         lines = [
             f"{self.large:,} → {self.small:,} parameters ({self.large / self.small:.2f}×)",
-            f"cut layers keep {cut[0]} of {whole[0]} channels and {cut[1]} of {whole[1]} kv heads",
+            self.masked or f"cut layers keep {cut[0]} of {whole[0]} channels and {cut[1]} of {whole[1]} kv heads",
         ]
         return "\n".join([*lines, *self.notes])
 
@@ -76,7 +83,14 @@ class Pruning:
     geometry: Geometry
     widths: Widths
     windows: Tensor | None
+    given: GivenSparse | None = None
     axes: dict[str, Axis] = field(default_factory=dict)
+    masks: dict[str, PackedMask] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Checkpoint:
+        """Where the small model's weights are cut from."""
+        return self.checkpoint if self.given is None else self.given.checkpoint
 
     @property
     def cut_layers(self) -> list[int]:
@@ -87,52 +101,107 @@ class Pruning:
     @property
     def refits(self) -> bool:
         """Whether o and down are refitted: whenever there is calibration text and --refit."""
-        return self.options.refit and self.windows is not None
+        return self.options.refit and self.windows is not None and not self.options.by_weight
 
     @property
     def map(self) -> PruningMap:
-        """The map made of the axes chosen so far."""
-        return PruningMap(self.family, self.geometry, self.axes)
+        """The map made of the axes and masks chosen so far."""
+        return PruningMap(self.family, self.geometry, self.axes, self.masks)
+
+    @property
+    def compression(self) -> tuple[str, ...]:
+        """What is done to the large weights, in order."""
+        storage = STORAGES.get(self.options.quantize)
+        done = ["mask"] if self.options.by_weight else ["axes", *(["refit"] if self.refits else [])]
+        return (*done, *([] if storage is None else [storage.name]))
 
 
 def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
     """Choose what stays, cut, refit what reads the cut features, write the small checkpoint in shards."""
+    inputs = [options.model, *([] if options.given is None else [options.given])]
     if not options.dry_run:
-        check_output(options.out, [options.model], force=options.force)
+        check_output(options.out, inputs, force=options.force)
     folder = resolve_model(options.model, options.revision)
     manifest = read_manifest(folder)
     if manifest is not None and manifest.kind in ("small-model", "small-adapter", "adapter", "run"):
         raise KindError(f"{options.model} is a {manifest.kind}; `loram prune` works on the large model")
     if options.quantize != "none":
         bitsandbytes_functions()
-    with Checkpoint(folder) as checkpoint:
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(Checkpoint(folder))
         family = family_of(checkpoint.config)
         geometry = family.geometry(checkpoint.config)
-        cut = Cut(parse_ratio(options.ratio), options.keep_first, options.keep_last, options.round_to)
-        widths = cut.widths(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.mlp)
         check_tensors(checkpoint, family)
-        work = Pruning(options, checkpoint, family, geometry, widths, calibration(options, folder))
-        result = PruneResult(
-            large=parameters(checkpoint.config),
-            small=parameters(checkpoint.config, widths),
-            widths=widths,
-            notes=(*describe_uncut(geometry.kv_heads, geometry.mlp, widths), *calibration_notes(options)),
-            path=None if options.dry_run else Path(options.out),
-            next_command=f"loram train {options.out} --data FILE -o ADAPTER",
-        )
+        widths = small_widths(options, family, geometry)
+        given = None
+        if options.given is not None:
+            given = open_given(resolve_model(options.given), checkpoint, family, geometry, progress)
+            opened.enter_context(given.checkpoint)
+        windows = calibration(options, folder)
+        work = Pruning(options, checkpoint, family, geometry, widths, windows, given)
+        result = outcome(work)
         if not options.dry_run:
-            check_disk(options.out, result.small * max(e.dtype.itemsize for e in checkpoint.entries.values()))
-            with drafting(options.out, force=options.force, inputs=[folder]) as draft:
+            check_disk(options.out, needed_bytes(work))
+            with drafting(options.out, force=options.force, inputs=[folder, *inputs]) as draft:
                 base = describe_base(folder, options.base_id, options.revision, seen_from=draft.out)
                 write(work, draft, base, progress)
         return result
 
 
+def small_widths(options: PruneOptions, family: Family, geometry: Geometry) -> Widths:
+    """Kept heads and channels per layer: all of them where single weights go."""
+    if options.by_weight:
+        if options.sparsity is not None:
+            check_widths(family, geometry, options.sparsity)
+        return Widths((geometry.kv_heads,) * geometry.layers, (geometry.mlp,) * geometry.layers)
+    cut = Cut(parse_ratio(options.ratio), options.keep_first, options.keep_last, options.round_to)
+    return cut.widths(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.mlp)
+
+
+def outcome(work: Pruning) -> PruneResult:
+    """What will have been done: counts and notes."""
+    options, geometry, config = work.options, work.geometry, work.checkpoint.config
+    large = small = parameters(config)
+    masked, notes = "", calibration_notes(options)
+    if not options.by_weight:
+        small = parameters(config, work.widths)
+        notes = [*describe_uncut(geometry.kv_heads, geometry.mlp, work.widths), *notes]
+    elif work.given is not None:
+        small -= work.given.removed
+        masked = f"the zeros of {options.given} are the mask of {len(work.given.zeros)} weights"
+        if not work.given.same_norm:
+            notes.append(
+                f"the final norm of {options.given} is not MODEL's: it may have been pruned from another model"
+            )
+    elif options.sparsity is not None:
+        small -= removed(work.family, work.checkpoint, options.sparsity, options.score)
+        how = f"{options.sparsity.keep}:{options.sparsity.group}" if options.sparsity.group else options.ratio
+        masked = f"all shapes stay; {options.score} put zeros into every decoder Linear ({how})"
+    return PruneResult(
+        large=large,
+        small=small,
+        widths=work.widths,
+        masked=masked,
+        notes=tuple(notes),
+        path=None if options.dry_run else Path(options.out),
+        next_command=f"loram train {options.out} --data FILE -o ADAPTER",
+    )
+
+
+def needed_bytes(work: Pruning) -> int:
+    """Room on the disk, at most: the small checkpoint, and with masks what is put aside until it is written."""
+    size = max(entry.dtype.itemsize for entry in work.source.entries.values())
+    total = parameters(work.checkpoint.config, work.widths) * size
+    return total if not work.options.by_weight else total * (2 if work.options.score == "sparsegpt" else 1) + total // 8
+
+
 def calibration(options: PruneOptions, folder: Path) -> Tensor | None:
     """Calibration windows (samples, length), or None where neither the score nor the user asks for any."""
     sources = options.calibration
+    if options.by_weight and not needs_inputs(options):
+        return None
     if not sources:
-        if options.method == "random" or SCORES[options.score].needs == "weights":
+        if not needs_inputs(options):
             return None
         sources = ("builtin",)
     from loram.modeling import load_tokenizer  # transformers, which streaming does without
@@ -144,10 +213,18 @@ def calibration(options: PruneOptions, folder: Path) -> Tensor | None:
     return torch.stack(list(windows))
 
 
+def needs_inputs(options: PruneOptions) -> bool:
+    """Whether nothing can be chosen without calibration text."""
+    if options.method in ("random", "given"):
+        return False
+    return (WEIGHT_SCORES if options.by_weight else SCORES)[options.score].needs != "weights"
+
+
 def calibration_notes(options: PruneOptions) -> list[str]:
     """What a reader should know about the calibration text."""
-    needs = options.method == "structured" and SCORES[options.score].needs != "weights"
-    if not options.calibration and not needs:
+    if options.by_weight and not needs_inputs(options):
+        return ["--calibration was not read: nothing here looks at text"] if options.calibration else []
+    if not options.calibration and not needs_inputs(options):
         return ["no calibration text: nothing was refitted; add --calibration FILE with the text you will train on"]
     if all(is_general(source) for source in options.calibration):
         return [
@@ -159,15 +236,16 @@ def calibration_notes(options: PruneOptions) -> list[str]:
 
 def write(work: Pruning, draft: Draft, base: Base, progress: Progress) -> None:
     """Choose the axes, refit, and write the small model's folder."""
-    storage = STORAGES.get(work.options.quantize)
     spill = draft.path / "refit"
     spill.mkdir()
-    choose(work, spill, progress)
-    config = write_weights(work, spilled(spill), draft, progress)
-    for file in spill.iterdir():
-        file.unlink()
-    spill.rmdir()
-    work.map.save(draft.path)
+    if work.options.by_weight:
+        choose_masks(work, spill, progress)
+    else:
+        choose(work, spill, progress)
+    pruning_map = work.map
+    config = write_weights(work, pruning_map, spilled(spill), draft, progress)
+    pruning_map.save(draft.path)
+    shutil.rmtree(spill)
     write_json(draft.path / "config.json", config)
     copy_files(work.checkpoint.folder, draft.path, MODEL_FILES)
     draft.manifest = Manifest(
@@ -175,21 +253,35 @@ def write(work: Pruning, draft: Draft, base: Base, progress: Progress) -> None:
         stage="prune",
         options=work.options.to_json(),
         family=work.family.name,
-        compression=("axes", *(["refit"] if work.refits else []), *([] if storage is None else [storage.name])),
+        compression=work.compression,
         base=base,
-        pruning_map_sha256=work.map.sha256,
+        pruning_map_sha256=pruning_map.sha256,
     )
 
 
-def write_weights(work: Pruning, refitted: Refitted, draft: Draft, progress: Progress) -> dict[str, Any]:
+def choose_masks(work: Pruning, spill: Path, progress: Progress) -> None:
+    """Fill `work.masks`; their bits, and weights that a solver changed, are in `spill`."""
+    if work.given is not None:
+        work.masks.update(work.given.masks(spill))
+        return
+    sparsity, score = work.options.sparsity, WEIGHT_SCORES[work.options.score]
+    assert sparsity is not None
+    found = Sparsifying(work.checkpoint, work.family, work.geometry, sparsity, score, spill)
+    sparsify(found, work.windows, progress)
+    work.masks.update(found.masks)
+
+
+def write_weights(
+    work: Pruning, pruning_map: PruningMap, refitted: Refitted, draft: Draft, progress: Progress
+) -> dict[str, Any]:
     """The small checkpoint's shards, in the storage asked for; returns its config."""
-    storage, pruning_map = STORAGES.get(work.options.quantize), work.map
-    config = small_config(work.checkpoint.config, work.widths)
+    storage, source = STORAGES.get(work.options.quantize), work.source
+    config = small_config(source.config, work.widths)
     if storage is None:
-        progress.begin("cut", small_bytes(work.checkpoint, pruning_map))
-        draft.digests.update(write_small(work.checkpoint, pruning_map, refitted, draft.path, advance=progress.advance))
+        progress.begin("cut", small_bytes(source, pruning_map))
+        draft.digests.update(write_small(source, pruning_map, refitted, draft.path, advance=progress.advance))
     else:
-        sources = small_sources(work.checkpoint, pruning_map, refitted)
+        sources = small_sources(source, pruning_map, refitted)
         progress.begin("cut and quantize", stored_bytes(sources, storage))
         write_stored(sources, storage, draft.path, advance=progress.advance)
         config = stored_config(config, storage, sources)
@@ -282,4 +374,5 @@ def spilled(spill: Path) -> Refitted:
     def reader(file: Path) -> Any:
         return lambda: next(iter(read_tensors(file).values()))
 
-    return {file.name.removesuffix(".safetensors"): reader(file) for file in spill.iterdir()}
+    files = (file for file in spill.glob("*.safetensors") if not file.name.endswith(MASK_FILE))
+    return {file.name.removesuffix(".safetensors"): reader(file) for file in files}

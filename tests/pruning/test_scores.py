@@ -11,8 +11,9 @@ from stock_models import GROUPED, HEADS, MLP, head_dim, kv_heads, leaves, make, 
 from torch import Tensor
 
 from loram.families import Weight, family_of
-from loram.options import SCORES as SCORE_NAMES
-from loram.pruning import SCORES
+from loram.prune_options import UNIT_SCORES
+from loram.prune_options import WEIGHT_SCORES as WEIGHT_SCORE_NAMES
+from loram.pruning import SCORES, WEIGHT_SCORES
 from loram.pruning.score import unit_scores
 
 
@@ -84,5 +85,8 @@ def _part(leaf: str) -> str:
 
 
 def test_the_names_on_the_command_line_are_the_scores() -> None:
-    assert set(SCORE_NAMES) == set(SCORES)
+    assert set(UNIT_SCORES) == set(SCORES)
+    assert set(WEIGHT_SCORE_NAMES) == set(WEIGHT_SCORES)
     assert all(score.name == key for key, score in SCORES.items())
+    assert all(score.name == key for key, score in WEIGHT_SCORES.items())
+    assert all((score.masks is None) != (score.prune is None) for score in WEIGHT_SCORES.values())
