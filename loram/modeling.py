@@ -9,6 +9,7 @@ layers are cut alike the small model *is* a stock model, and its config says so.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,16 @@ def narrow(model: PreTrainedModel, family: Family) -> None:
             own.num_attention_heads = counts["kv_heads"] * (geometry.heads // geometry.kv_heads)
             attention: Any = layer.get_submodule("self_attn")
             attention.config = own
+
+
+def spelled_out(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A raw config with the lists that its stock class derives from layer numbers, such as layer_types."""
+    family, count = family_of(config), int(config["num_hidden_layers"])
+    config_class: Any = getattr(transformers, family.config_class)
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    stock = config_class.from_dict(values).to_dict()
+    lists = {k: v for k, v in stock.items() if "layer" in k and isinstance(v, list) and len(v) == count}
+    return {**config, **lists}
 
 
 def register() -> None:

@@ -88,6 +88,11 @@ class PruningMap:
         return Numbering(tuple(range(count)) if self.layers is None else self.layers, count, self.family.prefix)
 
     @property
+    def small_geometry(self) -> Geometry:
+        """The large model's sizes with the small one's layer count: which modules there are."""
+        return replace(self.geometry, layers=len(self.numbering.kept))
+
+    @property
     def masked(self) -> bool:
         """Whether weights were pruned entry by entry."""
         return bool(self.masks) or self.masks_sha256 is not None

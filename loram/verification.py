@@ -1,8 +1,8 @@
 """The LoRAM identity in numbers, and the checks that `verify` reports.
 
 cut(large) + small adapter ≡ large with the pruned rows and columns zeroed + recovered adapter
-(2502.13533). It speaks of the cut large weights, so it holds whatever refit, alignment or quantization
-did to the small model afterwards.
+(2502.13533); a dropped layer is one whose o and down are zero, so that it passes its input on. It speaks of the cut
+large weights, so it holds whatever refit, alignment or quantization did to the small model afterwards.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loram.adapter import Adapter
+from loram.families.small import without_layers
 from loram.modeling import load_model, small_classes
 from loram.pruning_map import PruningMap
 
@@ -41,7 +42,7 @@ def identity_gap(
     model = load_model(large, dtype="fp32")
     model.train(False)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    zeroed = {n: pruning_map.embed(_module(n), pruning_map.cut(_module(n), t)) for n, t in state.items()}
+    zeroed = {n: pruning_map.twin(_module(n), t) for n, t in state.items()}
     apply_adapter(zeroed, recovered)
     model.load_state_dict(zeroed)
     expected = model(input_ids=tokens, use_cache=False).logits
@@ -56,13 +57,15 @@ def cut_model(
     config: Mapping[str, Any], pruning_map: PruningMap, state: Mapping[str, Tensor], adapter: Adapter
 ) -> PreTrainedModel:
     """cut(large) with the small adapter added to its weights, as a transformers model in fp32."""
-    widths = pruning_map.widths
+    widths, numbering = pruning_map.widths, pruning_map.numbering
     config_class, model_class = small_classes(str(config["model_type"]))
+    config = without_layers(config, numbering.kept)
     values = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "dtype")}
     values["loram_widths"] = {"kv_heads": list(widths.kv_heads), "mlp": list(widths.mlp)}
     small: PreTrainedModel = model_class(config_class(**values))
     small.train(False)
-    weights = {name: pruning_map.cut(_module(name), value) for name, value in state.items()}
+    names = {name: new for name in state if (new := numbering.to_small(name)) is not None}
+    weights = {new: pruning_map.cut(_module(name), state[name]) for name, new in names.items()}
     apply_adapter(weights, adapter)
     small.load_state_dict(weights)
     return small

@@ -8,42 +8,55 @@ from typing import Any
 import peft
 import torch
 from stock_models import Kept, raw_config
+from torch import Tensor
 
 from loram.artifact import Manifest, drafting, write_json
 from loram.checkpoint import Checkpoint, describe_base
 from loram.cutting import write_small
 from loram.families import family_of
 from loram.families.small import small_config
-from loram.modeling import load_small
+from loram.masks import PackedMask
+from loram.modeling import load_small, spelled_out
 from loram.pruning_map import Axis, PruningMap
 
 
-def map_for(large: Path, kept: Kept) -> PruningMap:
-    """The pruning map that keeps these units."""
+def map_for(
+    large: Path, kept: Kept, layers: tuple[int, ...] | None = None, masks: dict[str, Tensor] | None = None
+) -> PruningMap:
+    """The pruning map that keeps these units, layers and entries."""
     config = raw_config(large)
     family = family_of(config)
     geometry = family.geometry(config)
     axes = {}
     for layer, (heads, channels) in kept.items():
         for unit, size, indices in (("kv_heads", geometry.kv_heads, heads), ("mlp", geometry.mlp, channels)):
-            if len(indices) < size:
+            if len(indices) < size and (layers is None or layer in layers):
                 name = f"layers.{layer}.{unit}"
                 axes[name] = Axis(name, size, torch.tensor(indices))
-    return PruningMap(family, geometry, axes)
+    packed = {name: PackedMask.of(name, mask) for name, mask in (masks or {}).items()}
+    return PruningMap(family, geometry, axes, packed, layers)
 
 
-def write_small_folder(large: Path, kept: Kept, out: Path) -> Path:
-    """A small model of these units, as `loram prune` would have left it."""
-    pruning_map = map_for(large, kept)
+def write_small_folder(
+    large: Path,
+    kept: Kept,
+    out: Path,
+    layers: tuple[int, ...] | None = None,
+    masks: dict[str, Tensor] | None = None,
+) -> Path:
+    """A small model of these units, layers and entries, as `loram prune` would have left it."""
+    pruning_map = map_for(large, kept, layers, masks)
+    done = [name for name, part in (("axes", pruning_map.axes), ("mask", masks), ("depth", layers)) if part]
     with Checkpoint(large) as checkpoint, drafting(out) as draft:
         draft.digests.update(write_small(checkpoint, pruning_map, {}, draft.path))
-        write_json(draft.path / "config.json", small_config(checkpoint.config, pruning_map.widths))
+        config = spelled_out(checkpoint.config) if layers else checkpoint.config
+        write_json(draft.path / "config.json", small_config(config, pruning_map.widths, layers))
         pruning_map.save(draft.path)
         draft.manifest = Manifest(
             kind="small-model",
             stage="prune",
             family=pruning_map.family.name,
-            compression=("axes",),
+            compression=tuple(done),
             base=describe_base(large, seen_from=out),
             pruning_map_sha256=pruning_map.sha256,
         )

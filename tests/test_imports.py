@@ -28,7 +28,17 @@ LAYERS: list[set[str]] = [
     }
     | {"progress", "results", "version", "memory"},
     {"pruning_map", "axes", "masks", "numbering", "checkpoint", "shards", "artifact", "recipe"},
-    {"modeling", "quantization", "sizes", "adapter", "device", "hub.download", "hub.failures", "portability"},
+    {
+        "modeling",
+        "quantization",
+        "sizes",
+        "adapter",
+        "renumbering",
+        "device",
+        "hub.download",
+        "hub.failures",
+        "portability",
+    },
     {"data", "pruning", "cutting", "merging"},
     {"training.cross_entropy"},
     {"blockwise"},
@@ -58,6 +68,7 @@ SIBLINGS = {
     "masks": {"checkpoint", "shards"},
     "pruning_map": {"axes", "checkpoint", "masks", "numbering", "shards"},
     "portability": {"adapter"},
+    "renumbering": {"adapter"},
     "modeling": {"quantization"},
     "hub.download": {"hub.failures"},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loram.families import SMALL_PREFIX, family_of
+from loram.families import SMALL_PREFIX, family_of, is_small_config
 from loram.families.widths import Widths
 
 WIDTHS_KEY = "loram_widths"
@@ -19,13 +19,16 @@ def small_config(config: Mapping[str, Any], widths: Widths, layers: Sequence[int
     family = family_of(config)
     geometry = family.geometry(config)
     small = dict(config) if layers is None else without_layers(config, layers)
+    model_type = str(config["model_type"]).removeprefix(SMALL_PREFIX)
+    small.pop(WIDTHS_KEY, None)
     if widths.uniform:
+        if is_small_config(config):
+            small |= {"model_type": model_type, "architectures": [family.model_class]}
         small["head_dim"] = geometry.head_dim
         small["num_key_value_heads"] = widths.kv_heads[0]
         small["num_attention_heads"] = widths.kv_heads[0] * (geometry.heads // geometry.kv_heads)
         small["intermediate_size"] = widths.mlp[0]
         return small
-    model_type = str(config["model_type"])
     small["model_type"] = f"{SMALL_PREFIX}{model_type}"
     small["architectures"] = [f"Loram{family.model_class}"]
     small[WIDTHS_KEY] = {"kv_heads": list(widths.kv_heads), "mlp": list(widths.mlp)}
@@ -44,3 +47,11 @@ def without_layers(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, 
             small[key] = [value[number] for number in kept]
     small["num_hidden_layers"] = len(kept)
     return small
+
+
+def stored_widths(config: Mapping[str, Any]) -> Widths:
+    """The widths of every layer of a model, large or small, as its raw config states them."""
+    geometry = family_of(config).geometry(config)
+    if not is_small_config(config):
+        return Widths((geometry.kv_heads,) * geometry.layers, (geometry.mlp,) * geometry.layers)
+    return Widths(**{axis: tuple(counts) for axis, counts in config[WIDTHS_KEY].items()})

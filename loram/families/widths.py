@@ -82,6 +82,19 @@ class Cut:
             mlp=tuple(mlp if w else channels for w in whole),
         )
 
+    def depth(self, layers: int) -> int:
+        """How many of the layers between the first and the last ones are dropped: all but floor(n·(1−ratio))."""
+        between = layers - self.keep_first - self.keep_last
+        if between < 1:
+            raise OptionError(
+                f"--keep-first {self.keep_first} and --keep-last {self.keep_last} leave no layer of {layers} to drop; "
+                f"make their sum less than {layers}"
+            )
+        dropped = between - int(between * (1 - self.ratio))
+        if dropped == layers:
+            raise OptionError(f"--ratio {float(self.ratio):g} leaves no layer of {layers}; use a smaller ratio")
+        return dropped
+
 
 def describe_uncut(kv_heads: int, mlp: int, widths: Widths) -> list[str]:
     """A sentence for every axis that the ratio asked to cut and that could not be."""

@@ -12,24 +12,27 @@ from loram.errors import InputError, KindError, MismatchError
 from loram.options import ProjectOptions
 from loram.progress import SILENT, Progress
 from loram.pruning_map import PruningMap, read_map
+from loram.renumbering import renumbered
 from loram.results import StageResult
 from loram.stages.lineage import check_digest, copy_files, moved, parent_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectResult(StageResult):
-    """The projected adapter."""
+    """The projected adapter; `left_out` modules are of layers that the small model does not have."""
 
     modules: int
     rank: int
+    left_out: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """path, modules, rank."""
-        return super().to_json() | {"modules": self.modules, "rank": self.rank}
+        return super().to_json() | {"modules": self.modules, "rank": self.rank, "left_out": self.left_out}
 
     def summary(self) -> str:
         """One line."""
-        return f"projected {self.modules} modules of rank {self.rank} onto the small model"
+        lost = f"; {self.left_out} of layers that it does not have are left out" if self.left_out else ""
+        return f"projected {self.modules} modules of rank {self.rank} onto the small model{lost}"
 
 
 def project(options: ProjectOptions, progress: Progress = SILENT) -> ProjectResult:
@@ -48,6 +51,7 @@ def project(options: ProjectOptions, progress: Progress = SILENT) -> ProjectResu
     result = ProjectResult(
         modules=len(projected.pairs),
         rank=projected.rank,
+        left_out=len(adapter.pairs) - len(projected.pairs),
         path=None if options.dry_run else Path(options.out),
         next_command=f"loram recover {options.out} -o ADAPTER",
     )
@@ -83,7 +87,13 @@ def project_adapter(adapter: Adapter, pruning_map: PruningMap, where: str | Path
         a, b = pruning_map.cut_pair(module, pair.a, pair.b)
         return replace(pair, a=a, b=b)
 
-    return adapter.map_pairs(gather)
+    numbering = pruning_map.numbering
+    if numbering.whole:
+        return adapter.map_pairs(gather)
+    held = {module: pair for module, pair in adapter.pairs.items() if numbering.to_small(module) is not None}
+    if not held:
+        raise MismatchError(f"{where} adapts layers {numbering.dropped} only, and the small model has none of them")
+    return renumbered(replace(adapter, pairs=held).map_pairs(gather), numbering.to_small)
 
 
 def check_same_base(options: ProjectOptions, small: Manifest) -> None:

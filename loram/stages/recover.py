@@ -20,6 +20,7 @@ from loram.memory import check_disk
 from loram.options import RecoverOptions
 from loram.progress import SILENT, Progress
 from loram.pruning_map import PruningMap
+from loram.renumbering import renumbered
 from loram.results import StageResult
 from loram.stages.lineage import SmallSource, copy_files, moved, parent_of, small_source
 
@@ -80,14 +81,16 @@ def recover(options: RecoverOptions, progress: Progress = SILENT) -> RecoverResu
 
 def recover_adapter(adapter: Adapter, pruning_map: PruningMap, where: str | Path) -> Adapter:
     """The adapter in large coordinates; MismatchError where it does not fit the map."""
-    expected = expected_modules(adapter.config, pruning_map.family, pruning_map.geometry)
-    check_modules(adapter, pruning_map.small_shape, expected, where)
+    numbering = pruning_map.numbering
+    expected = expected_modules(adapter.config, pruning_map.family, pruning_map.small_geometry)
+    check_modules(adapter, lambda module: pruning_map.small_shape(numbering.to_large(module)), expected, where)
 
     def embed(module: str, pair: LoraPair) -> LoraPair:
-        a, b = pruning_map.embed_pair(module, pair.a, pair.b)
+        a, b = pruning_map.embed_pair(numbering.to_large(module), pair.a, pair.b)
         return replace(pair, a=a, b=b)
 
-    return adapter.map_pairs(embed)
+    recovered = adapter.map_pairs(embed)
+    return recovered if numbering.whole else renumbered(recovered, numbering.to_large)
 
 
 def recovered_manifest(

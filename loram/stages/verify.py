@@ -150,8 +150,9 @@ def look_finite(adapter: Adapter, folder: Path) -> str:
 
 def fits_map(adapter: Adapter, pruning_map: PruningMap, folder: Path) -> str:
     """A small adapter against the small model's shapes."""
-    expected = expected_modules(adapter.config, pruning_map.family, pruning_map.geometry)
-    check_modules(adapter, pruning_map.small_shape, expected, folder)
+    expected = expected_modules(adapter.config, pruning_map.family, pruning_map.small_geometry)
+    to_large = pruning_map.numbering.to_large
+    check_modules(adapter, lambda module: pruning_map.small_shape(to_large(module)), expected, folder)
     return f"{len(adapter.pairs)} modules fit the small model"
 
 
