@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,25 @@ from loram.checkpoint import Checkpoint, describe_base, read_tensors
 from loram.cutting import Refitted, check_tensors, small_bytes, small_sources, stored_config, write_small
 from loram.data.calibration import calibration_windows, is_general
 from loram.errors import KindError
-from loram.families import Family, Geometry, Weight, family_of
+from loram.families import Family, Geometry, family_of
 from loram.families.small import small_config
 from loram.families.widths import Cut, Widths, describe_uncut, parse_ratio
 from loram.hub.download import resolve_model
-from loram.masks import MASK_FILE, PackedMask
+from loram.masks import MASK_FILE
 from loram.memory import check_disk
 from loram.options import PruneOptions
 from loram.progress import SILENT, Progress
 from loram.pruning import SCORES, WEIGHT_SCORES
-from loram.pruning.refit import refit, refit_matrix
-from loram.pruning.score import unit_scores
-from loram.pruning.selection import layer_axes
-from loram.pruning_map import Axis, PruningMap
+from loram.pruning_map import PruningMap
 from loram.quantization import STORAGES
 from loram.quantization.storage import bitsandbytes_functions
 from loram.quantization.writing import stored_bytes, write_stored
 from loram.results import StageResult
-from loram.shards import write_tensors
 from loram.sizes import parameters
-from loram.stages.given import GivenSparse, open_given
+from loram.stages.choosing import Pruning, choose
+from loram.stages.given import open_given
 from loram.stages.lineage import MODEL_FILES, copy_files
 from loram.stages.sparsify import Sparsifying, check_widths, removed, sparsify
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,49 +65,6 @@ class PruneResult(StageResult):
             self.masked or f"cut layers keep {cut[0]} of {whole[0]} channels and {cut[1]} of {whole[1]} kv heads",
         ]
         return "\n".join([*lines, *self.notes])
-
-
-@dataclass
-class Pruning:
-    """What one call of prune works with."""
-
-    options: PruneOptions
-    checkpoint: Checkpoint
-    family: Family
-    geometry: Geometry
-    widths: Widths
-    windows: Tensor | None
-    given: GivenSparse | None = None
-    axes: dict[str, Axis] = field(default_factory=dict)
-    masks: dict[str, PackedMask] = field(default_factory=dict)
-
-    @property
-    def source(self) -> Checkpoint:
-        """Where the small model's weights are cut from."""
-        return self.checkpoint if self.given is None else self.given.checkpoint
-
-    @property
-    def cut_layers(self) -> list[int]:
-        """The layers that are not left whole."""
-        pairs = zip(self.widths.kv_heads, self.widths.mlp, strict=True)
-        return [n for n, (heads, mlp) in enumerate(pairs) if heads < self.geometry.kv_heads or mlp < self.geometry.mlp]
-
-    @property
-    def refits(self) -> bool:
-        """Whether o and down are refitted: whenever there is calibration text and --refit."""
-        return self.options.refit and self.windows is not None and not self.options.by_weight
-
-    @property
-    def map(self) -> PruningMap:
-        """The map made of the axes and masks chosen so far."""
-        return PruningMap(self.family, self.geometry, self.axes, self.masks)
-
-    @property
-    def compression(self) -> tuple[str, ...]:
-        """What is done to the large weights, in order."""
-        storage = STORAGES.get(self.options.quantize)
-        done = ["mask"] if self.options.by_weight else ["axes", *(["refit"] if self.refits else [])]
-        return (*done, *([] if storage is None else [storage.name]))
 
 
 def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
@@ -287,85 +238,6 @@ def write_weights(
         config = stored_config(config, storage, sources)
     progress.end()
     return config
-
-
-def choose(work: Pruning, spill: Path, progress: Progress) -> None:
-    """Fill `work.axes` layer by layer, and the refitted weights of each layer into `spill`."""
-    layers = work.cut_layers
-    score = SCORES[work.options.score]
-    scores = scores_beforehand(work, layers)
-    progress.begin("score", len(layers))
-
-    def decide(layer: int, moments: dict[str, Tensor]) -> None:
-        chosen = scores[layer] if layer in scores else layer_scores(work, layer, moments=moments)
-        work.axes.update(layer_axes(layer, work.widths, work.geometry, chosen))
-        if moments and work.refits:
-            refit_layer(work, layer, moments, spill)
-        progress.advance()
-
-    if work.windows is not None and (work.refits or (not scores and score.needs == "inputs")):
-        from loram.blockwise import observe_inputs
-
-        observe_inputs(work.checkpoint, work.family, work.windows, layers, decide)
-    else:
-        for layer in layers:
-            decide(layer, {})
-    progress.end()
-
-
-def scores_beforehand(work: Pruning, layers: list[int]) -> dict[int, Any]:
-    """Per layer the scores (or the random generator) that need no pass over its inputs."""
-    score = SCORES[work.options.score]
-    if work.options.method == "random":
-        return dict.fromkeys(layers, torch.Generator().manual_seed(work.options.seed))
-    if score.needs == "weights":
-        return {layer: layer_scores(work, layer) for layer in layers}
-    if score.needs == "inputs":
-        return {}
-    from loram.blockwise import BlockRunner, gradients
-
-    assert work.windows is not None
-    with BlockRunner(work.checkpoint, dtype=torch.float32) as runner:
-        return {
-            block.number: layer_scores(work, block.number, gradients=found)
-            for block, found in gradients(runner, work.windows, layers)
-        }
-
-
-def layer_scores(
-    work: Pruning,
-    layer: int,
-    *,
-    moments: dict[str, Tensor] | None = None,
-    gradients: dict[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """The score of every unit of one layer."""
-
-    def companion(weight: Weight, start: int, stop: int) -> Tensor:
-        if gradients is not None:
-            return gradients[weight.name][start:stop].float().cpu()
-        return moments[weight.name].diagonal().clamp_min(0).sqrt() if moments else torch.empty(0)
-
-    return unit_scores(
-        SCORES[work.options.score],
-        work.family,
-        work.geometry,
-        lambda weight: work.checkpoint.tiles(f"{work.family.module(layer, weight)}.weight"),
-        companion,
-    )
-
-
-def refit_layer(work: Pruning, layer: int, moments: dict[str, Tensor], spill: Path) -> None:
-    """Refit the layer's o and down where their inputs are cut, and put the result on disk."""
-    for weight in work.family.outputs:
-        module = work.family.module(layer, weight)
-        kept = work.map.kept(module, 1)
-        if kept is None:
-            continue
-        matrix = refit_matrix(moments[weight.name], kept).float()
-        rows = [refit(tile, matrix) for _, tile in work.checkpoint.tiles(f"{module}.weight")]
-        name = f"{module}.weight"
-        write_tensors(spill / f"{name}.safetensors", {name: torch.cat(rows)})
 
 
 def spilled(spill: Path) -> Refitted:
