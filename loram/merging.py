@@ -44,18 +44,26 @@ class TileDelta:
 
 
 class Scratch:
-    """Two fp32 buffers that every tile uses again: fresh memory costs more than the arithmetic done in it."""
+    """Buffers that tiles use again: fresh memory costs more than the arithmetic done in it.
+
+    Two of each kind in turns: what was written last may still be hashed.
+    """
 
     def __init__(self) -> None:
-        self._buffers = [torch.empty(0), torch.empty(0)]
+        self._buffers: dict[tuple[str, bool], Tensor] = {}
+        self._odd = False
 
-    def pair(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Two fp32 tensors of a tile's shape, with whatever was in them."""
+    def turn(self) -> None:
+        """The next tile: the other one of each two buffers."""
+        self._odd = not self._odd
+
+    def take(self, use: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape for a use, with whatever was in it."""
         size = shape.numel()
-        if self._buffers[0].numel() < size:
-            self._buffers = [torch.empty(size), torch.empty(size)]
-        first, second = (buffer[:size].view(shape) for buffer in self._buffers)
-        return first, second
+        key = use, self._odd
+        if key not in self._buffers or self._buffers[key].numel() < size or self._buffers[key].dtype != dtype:
+            self._buffers[key] = torch.empty(size, dtype=dtype)
+        return self._buffers[key][:size].view(shape)
 
 
 def check_mergeable(checkpoint: Checkpoint, adapter: Adapter, tied: bool) -> None:
@@ -101,8 +109,8 @@ def merge_shards(
         same = all(plan.dtype == entry.dtype for plan, entry in zip(plans, entries, strict=True))
         header = checkpoint.headers[shard.name] if same else plan_header(plans, read_metadata(shard))
         with ShardWriter(out / shard.name, header) as writer:
-            for entry, plan in zip(entries, plans, strict=True):
-                for rows in merged_tiles(checkpoint, entry, plan.dtype, adapter, scratch):
+            for entry in entries:
+                for rows in merged_tiles(checkpoint, entry, target_dtype(entry, dtype), adapter, scratch):
                     writer.write(rows)
                     advance(rows.numel() * rows.element_size())
         digests[shard.name] = writer.sha256
@@ -133,11 +141,13 @@ def merged_tiles(
             yield tile.to(dtype)
             continue
         # Mixed dtypes take a slow path: the weight is widened by a copy, added in fp32, and narrowed by a copy.
-        total, widened = scratch.pair(tile.shape)
-        total = delta.rows(start, start + tile.shape[0], total).add_(widened.copy_(tile))
-        narrowed = tile.copy_(total) if tile.dtype == dtype else total.to(dtype)
-        if not all_finite(narrowed):
+        scratch.turn()
+        total = delta.rows(start, start + tile.shape[0], scratch.take("total", tile.shape, torch.float32))
+        wide = tile if tile.dtype == torch.float32 else scratch.take("wide", tile.shape, torch.float32).copy_(tile)
+        total = total.add_(wide)
+        narrow = total if dtype == torch.float32 else scratch.take("narrow", tile.shape, dtype).copy_(total)
+        if not all_finite(narrow):
             raise MismatchError(
                 f"{entry.name} + update is NaN or Inf near row {start}; the base or the adapter is damaged"
             )
-        yield narrowed
+        yield narrow

@@ -1,4 +1,7 @@
-"""Safetensors written as a stream: shards of known layout, front to back, hashed on the way."""
+"""Safetensors written as a stream: shards of known layout, front to back, hashed on the way. No torch.
+
+Hashing is most of the work where nothing is computed, so a second thread does it while the next rows are made.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,40 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from loram.stored import CODES, SINGLE
 
-from loram.checkpoint import DTYPE_NAMES, SINGLE
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+CODE_OF = {f"torch.{name}": code for code, (name, _) in CODES.items()}
+INLINE = 64 * 1024
+"""Fewer bytes than this are hashed at once: handing them to the other thread takes longer."""
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor that is going to be written."""
+    """A tensor that is going to be written; `dtype` is torch's, or safetensors' code for it."""
 
     name: str
-    dtype: torch.dtype
+    dtype: Any
     shape: tuple[int, ...]
+
+    @property
+    def code(self) -> str:
+        """What safetensors calls the dtype."""
+        return self.dtype if isinstance(self.dtype, str) else CODE_OF[str(self.dtype)]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return CODES[self.code][1]
 
     @property
     def nbytes(self) -> int:
@@ -31,7 +50,7 @@ class TensorPlan:
         count = 1
         for extent in self.shape:
             count *= extent
-        return count * self.dtype.itemsize
+        return count * self.itemsize
 
 
 def plan_header(tensors: Sequence[TensorPlan], metadata: Mapping[str, str] | None = None, *, room: int = 0) -> bytes:
@@ -40,7 +59,7 @@ def plan_header(tensors: Sequence[TensorPlan], metadata: Mapping[str, str] | Non
     offset = 0
     for plan in tensors:
         body[plan.name] = {
-            "dtype": DTYPE_NAMES[plan.dtype],
+            "dtype": plan.code,
             "shape": list(plan.shape),
             "data_offsets": [offset, offset + plan.nbytes],
         }
@@ -57,6 +76,8 @@ class ShardWriter:
         self.path = Path(path)
         self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115 (closed by the context manager)
         self._digest = hashlib.sha256()
+        self._hasher: ThreadPoolExecutor | None = None
+        self._hashing: Future[None] | None = None
         self._put(memoryview(header))
 
     def __enter__(self) -> ShardWriter:
@@ -65,23 +86,54 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._settle()
+        if self._hasher is not None:
+            self._hasher.shutdown()
         self._file.close()
 
-    def write(self, rows: Tensor) -> None:
-        """Append the next rows (or a whole tensor)."""
-        if rows.numel():
-            self._put(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    def write(self, rows: Tensor | NDArray[Any]) -> None:
+        """Append the next rows (or a whole tensor).
+
+        The rows may still be hashed when this returns, and are left alone when the next call has: whoever reuses
+        memory takes two buffers in turns.
+        """
+        data = bytes_of(rows)
+        if data.size:
+            self._put(data.data)
 
     def _put(self, data: memoryview) -> None:
-        self._digest.update(data)
+        self._settle()
+        if len(data) < INLINE:
+            self._digest.update(data)
+        else:
+            self._hasher = self._hasher or ThreadPoolExecutor(1)
+            self._hashing = self._hasher.submit(self._digest.update, data)
         done = 0
         while done < len(data):
             done += self._file.write(data[done:])
 
+    def _settle(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
+            self._hashing = None
+
     @property
     def sha256(self) -> str:
         """Hex sha256 of what has been written."""
+        self._settle()
         return self._digest.hexdigest()
+
+
+def bytes_of(rows: Tensor | NDArray[Any]) -> NDArray[Any]:
+    """The bytes of a tensor or array, in order, without a copy where they lie so already."""
+    import numpy
+
+    if isinstance(rows, numpy.ndarray):
+        return numpy.ascontiguousarray(rows).reshape(-1).view(numpy.uint8)
+    import torch
+
+    found: NDArray[Any] = rows.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return found
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:

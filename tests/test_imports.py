@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
         "errors",
     }
     | {"progress", "results", "version", "memory"},
-    {"pruning_map", "axes", "masks", "numbering", "checkpoint", "shards", "artifact", "recipe"},
+    {"pruning_map", "axes", "masks", "numbering", "checkpoint", "stored", "shards", "artifact", "recipe"},
     {
         "modeling",
         "quantization",
@@ -63,8 +63,9 @@ SIBLINGS = {
     "train_options": {"errors", "option_fields", "data_options"},
     "families": {"errors"},
     "memory": {"errors"},
-    "checkpoint": {"artifact"},
-    "shards": {"checkpoint"},
+    "stored": {"artifact"},
+    "checkpoint": {"stored"},
+    "shards": {"stored"},
     "masks": {"checkpoint", "shards"},
     "pruning_map": {"axes", "checkpoint", "masks", "numbering", "shards"},
     "portability": {"adapter"},

@@ -88,7 +88,7 @@ def layout(sources: Sequence[Source], storage: Storage) -> list[TensorPlan]:
     """The tensors of a shard in their order in the file; those of unknown length last."""
 
     def place(plan: TensorPlan) -> tuple[bool, int]:
-        return bool(storage.variable) and plan.name.endswith(str(storage.variable)), -plan.dtype.itemsize
+        return bool(storage.variable) and plan.name.endswith(str(storage.variable)), -plan.itemsize
 
     return sorted((plan for source in sources for plan in source.stored(storage)), key=place)
 

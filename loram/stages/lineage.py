@@ -111,7 +111,11 @@ def find_large(adapter: str | Path, manifest: Manifest | None, given: str | None
 
 def check_base(expected: Base, folder: str | Path) -> str:
     """The base's id and digest; MismatchError where the weights in `folder` have another fingerprint."""
-    found = describe_base(folder)
+    return check_same(expected, describe_base(folder), folder)
+
+
+def check_same(expected: Base, found: Base, folder: str | Path) -> str:
+    """The same for a base that is described already."""
     if found.weights_fingerprint != expected.weights_fingerprint:
         raise MismatchError(
             f"{folder} has the weights {found.weights_fingerprint[:12]}, the adapter was made for {expected.id} with "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loram.adapter import Adapter, check_finite, check_init, expected_modules, load_adapter
-from loram.artifact import Manifest, check_output, drafting, read_manifest, write_json
+from loram.artifact import Base, Manifest, check_output, drafting, read_manifest, write_json
 from loram.checkpoint import BY_FLAG, Checkpoint, describe_base
 from loram.errors import KindError, MismatchError, OptionError
 from loram.families import family_of, is_small_config
@@ -16,7 +16,7 @@ from loram.merging import check_mergeable, merge_shards, merged_bytes
 from loram.options import MergeOptions
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
-from loram.stages.lineage import check_base, copy_files, find_large, parent_of
+from loram.stages.lineage import check_same, copy_files, find_large, parent_of
 
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 CONFIG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -54,6 +54,9 @@ def merge(options: MergeOptions, progress: Progress = SILENT) -> MergeResult:
     check_init(adapter, options.adapter)
     check_finite(adapter, options.adapter)
     base = base_folder(options, manifest)
+    identity = describe_base(base, seen_from=options.out)
+    if manifest is not None and manifest.base is not None:
+        check_same(manifest.base, identity, base)
     dtype = None if options.dtype == "same" else BY_FLAG[options.dtype]
     with Checkpoint(base) as checkpoint:
         check_fit(checkpoint, adapter, options.adapter)
@@ -61,7 +64,7 @@ def merge(options: MergeOptions, progress: Progress = SILENT) -> MergeResult:
         if not options.dry_run:
             check_disk(options.out, size)
             progress.begin("merge", size)
-            write(options, checkpoint, adapter, progress)
+            write(options, checkpoint, adapter, identity, progress)
             progress.end()
         return MergeResult(
             modules=len(adapter.pairs),
@@ -73,12 +76,10 @@ def merge(options: MergeOptions, progress: Progress = SILENT) -> MergeResult:
 
 
 def base_folder(options: MergeOptions, manifest: Manifest | None) -> Path:
-    """The large model to merge into, checked against the one the adapter was made for."""
+    """The large model to merge into."""
     base = find_large(options.adapter, manifest, options.base)
     if base is None:
         raise OptionError(f"{options.adapter} does not say where its large model is; add --base FOLDER")
-    if manifest is not None and manifest.base is not None:
-        check_base(manifest.base, base)
     return base
 
 
@@ -96,7 +97,7 @@ def check_fit(checkpoint: Checkpoint, adapter: Adapter, where: str) -> None:
         )
 
 
-def write(options: MergeOptions, checkpoint: Checkpoint, adapter: Adapter, progress: Progress) -> None:
+def write(options: MergeOptions, checkpoint: Checkpoint, adapter: Adapter, identity: Base, progress: Progress) -> None:
     """Write the folder: other files first, then the shards."""
     dtype = None if options.dtype == "same" else BY_FLAG[options.dtype]
     with drafting(options.out, force=options.force, inputs=[options.adapter, checkpoint.folder]) as draft:
@@ -113,6 +114,6 @@ def write(options: MergeOptions, checkpoint: Checkpoint, adapter: Adapter, progr
             stage="merge",
             options=options.to_json(),
             family=family_of(checkpoint.config).name,
-            base=describe_base(checkpoint.folder, seen_from=draft.out),
+            base=identity,
             parents=(parent_of(options.adapter, "adapter", draft.out),),
         )

@@ -82,7 +82,7 @@ def test_many_tiles_give_the_same_bits_as_one(tmp_path: Path, monkeypatch: pytes
     """320 channels and 1024 words: tiles of 128 rows, and a rest that joins the one before it."""
     base = shutil.copytree(FIXTURE, tmp_path / "base")
     adapter = write_adapter(base, tmp_path / "adapter", ["q_proj", "o_proj", "up_proj", "down_proj"], 5, r=8)
-    monkeypatch.setattr("loram.checkpoint.CHUNK", 1)
+    monkeypatch.setattr("loram.stored.CHUNK", 1)
     merge(options(adapter, base, tmp_path / "merged"))
     expected = by_peft(base, adapter)
     assert all(torch.equal(value, expected[key]) for key, value in stored(tmp_path / "merged").items())
