@@ -172,6 +172,11 @@ class StoredModel:
             if name not in self.entries:
                 raise CheckpointError(f"{index} says that {shard} holds {name}, and it does not; fetch the shard again")
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.end - entry.start for entry in self.entries.values())
+
     def fingerprint(self) -> str:
         """A digest of every shard's header and the first and last 64 KiB of every tensor: cheap on 140 GB."""
         digest = hashlib.sha256()

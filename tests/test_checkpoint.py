@@ -55,6 +55,7 @@ def test_whole_tensors_rows_and_tiles_are_the_files(folder: Path, monkeypatch: p
                 assert pieces == []
         assert [start for start, _ in checkpoint.tiles("big")] == [0, 128]
         assert torch.equal(checkpoint.rows("big", 3, 9), TENSORS["big"][3:9])
+        assert checkpoint.total_bytes == sum(value.nbytes for value in TENSORS.values())
         with pytest.raises(CheckpointError, match=r"has no tensor other; the checkpoint is incomplete"):
             checkpoint.read("other")
     assert {key: value.tolist() for key, value in read_tensors(folder / SINGLE).items()} == {
