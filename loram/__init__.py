@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     plan: StageFunction
     prune: StageFunction
+    align: StageFunction
     quantize: StageFunction
     train: StageFunction
     recover: StageFunction
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "__version__",
+    "align",
     "demo",
     "evaluate",
     "init",

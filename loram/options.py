@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loram.align_options import AlignOptions
 from loram.data_options import DataOptions, ReadingOptions
 from loram.option_fields import (
     DTYPES,
@@ -30,6 +31,7 @@ __all__ = [
     "DTYPES",
     "SCORES",
     "SECTIONS",
+    "AlignOptions",
     "DataOptions",
     "PlanOptions",
     "PruneOptions",
@@ -162,6 +164,7 @@ class InitOptions(WritingOptions):
 SECTIONS: dict[str, type[StageOptions]] = {
     "plan": PlanOptions,
     "prune": PruneOptions,
+    "align": AlignOptions,
     "quantize": QuantizeOptions,
     "train": TrainOptions,
     "recover": RecoverOptions,

@@ -26,7 +26,7 @@ from loram.results import StageResult
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STAGE_PAGES = (
-    *("plan", "prune", "quantize", "train", "recover", "verify", "eval"),
+    *("plan", "prune", "align", "quantize", "train", "recover", "verify", "eval"),
     *("merge", "project", "run", "data", "files"),
 )
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)

@@ -67,7 +67,21 @@ def read_calibration(path: str, columns: str | None = None) -> Source:
 
 
 def source_windows(source: Source, tokenizer: Any, count: int, length: int, seed: int) -> list[torch.Tensor]:
-    """`count` windows from one source; DataError where it holds too little text."""
+    """`count` windows from one source, or as many as it fills, which is said; DataError where it fills none."""
+    found = text_windows(source, tokenizer, count, length, seed)
+    if len(found) < count:
+        logger.warning(
+            "calibration text %s fills %d windows of %d tokens, not %d; more text repairs the cut better",
+            source.path,
+            len(found),
+            length,
+            count,
+        )
+    return found
+
+
+def text_windows(source: Source, tokenizer: Any, count: int, length: int, seed: int) -> list[torch.Tensor]:
+    """At most `count` windows from one source; DataError where it holds too little text for one."""
     bos = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     body = length - len(bos)
     order = list(source.rows)
@@ -78,19 +92,10 @@ def source_windows(source: Source, tokenizer: Any, count: int, length: int, seed
             break
         ids = encode_example(example, tokenizer)["input_ids"]
         stream += ids[len(bos) :] if ids[: len(bos)] == bos else ids
-    enough = len(stream) // body
+    enough = min(count, len(stream) // body)
     if not enough:
         raise DataError(
             f"calibration text {source.path} holds {len(stream)} tokens, less than one window of {length}; "
             "add text, or lower --length"
         )
-    if enough < count:
-        logger.warning(
-            "calibration text %s fills %d windows of %d tokens, not %d; more text repairs the cut better",
-            source.path,
-            enough,
-            length,
-            count,
-        )
-        count = enough
-    return [torch.tensor(bos + stream[body * i : body * (i + 1)]) for i in range(count)]
+    return [torch.tensor(bos + stream[body * i : body * (i + 1)]) for i in range(enough)]

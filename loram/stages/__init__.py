@@ -20,6 +20,7 @@ from loram.results import StageResult
 STAGE_FUNCTIONS: dict[str, str] = {
     "plan": "loram.stages.plan:plan",
     "prune": "loram.stages.prune:prune",
+    "align": "loram.stages.align:align",
     "quantize": "loram.stages.quantize:quantize",
     "train": "loram.stages.train:train",
     "recover": "loram.stages.recover:recover",

@@ -1,4 +1,4 @@
-"""How train goes on where it was stopped, says that it is finished, and lets one of several processes write."""
+"""How train and align go on where they were stopped and say that they are finished; only one process writes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from loram.data.encoding import EncodedRow
 from loram.data.places import source_path
 from loram.options import TrainOptions
 from loram.stages.wiring import content_digest
+from loram.train_options import ResumeOptions
 from loram.training.checkpoints import differences, discard, find_start, identity
 from loram.training.loop import Session
 from loram.training.processes import done_by_writer, is_writer
@@ -22,7 +23,9 @@ from loram.training.watching import Watch
 logger = logging.getLogger(__name__)
 
 
-def open_session(options: TrainOptions, out: Path, now: dict[str, Any], stop: StopRequest, watch: Watch) -> Session:
+def open_session(
+    options: ResumeOptions, out: Path, now: dict[str, Any], stop: StopRequest, watch: Watch | None = None
+) -> Session:
     """The newest good checkpoint of this very run, if there is one; all processes get the same."""
 
     def begin() -> Any:
@@ -33,7 +36,7 @@ def open_session(options: TrainOptions, out: Path, now: dict[str, Any], stop: St
     start = done_by_writer(begin)
     if start is not None:
         logger.info("going on at step %d (%s)", start.step, start.folder)
-    return Session(start, now, stop, watch)
+    return Session(start, now, stop, watch or Watch())
 
 
 def identity_of(options: TrainOptions, rows: list[EncodedRow], folder: Path) -> dict[str, Any]:
@@ -52,12 +55,12 @@ def writing(options: TrainOptions, out: Path) -> Iterator[Draft]:
         yield Draft(out.with_name(out.name + ".partial"), out)
 
 
-def earlier_result(options: TrainOptions) -> Manifest | None:
-    """The manifest of a finished training that stands in OUT and may be this one."""
+def earlier_result(options: ResumeOptions, stage: str = "train") -> Manifest | None:
+    """The manifest of a finished training (or alignment) that stands in OUT and may be this one."""
     if options.force or options.resume != "auto" or not Path(options.out).is_dir():
         return None
     manifest = read_manifest(options.out)
-    return manifest if manifest is not None and manifest.stage == "train" else None
+    return manifest if manifest is not None and manifest.stage == stage else None
 
 
 def is_same_run(earlier: Manifest, now: dict[str, Any]) -> bool:

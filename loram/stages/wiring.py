@@ -14,8 +14,18 @@ from loram.errors import OptionError
 from loram.options import SECTIONS, RunOptions, StageOptions, from_mapping
 from loram.recipe import Recipe
 
-FOLDERS = {"prune": "prune", "train": "train", "recover": "adapter", "merge": "merge", "ceiling": "ceiling"}
+FOLDERS = {
+    "prune": "prune",
+    "align": "align",
+    "quantize": "quantize",
+    "train": "train",
+    "recover": "adapter",
+    "merge": "merge",
+    "ceiling": "ceiling",
+}
 """The folder inside the run that a section writes; the others print and write none."""
+SMALL = ("prune", "align", "quantize")
+"""Sections that write a small model: each works on that of the one before it, and train on the last."""
 INPUTS = ("model", "given", "adapter", "small", "small_adapter", "large", "base", "ceiling")
 PLACES = (*INPUTS, "data", "eval_data", "calibration", "out", "force", "dry_run")
 """Options that say where something is. Digests look at what is there, so that a run may be moved."""
@@ -92,9 +102,10 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
     if "eval" in names and not (options.eval_data or recipe.section("eval").get("data")):
         names.remove("eval")
     steps = []
-    for name in names:
+    for number, name in enumerate(names):
         stage = STAGE_OF.get(name, name)
-        filled = WIRES[name](options, run, model) | {"seed": options.seed} | recipe.section(stage)
+        small = run / next((FOLDERS[n] for n in reversed(names[:number]) if n in SMALL), "prune")
+        filled = WIRES[name](options, run, model, str(small)) | {"seed": options.seed} | recipe.section(stage)
         if stage == "prune" and filled.get("method") == "random":
             filled["calibration"] = recipe.section("prune").get("calibration", ())  # streaming is its point
         if name == "ceiling":
@@ -114,43 +125,56 @@ def inputs_of(options: StageOptions) -> tuple[str, ...]:
     return tuple(str(item) for item in (*named, *listed) if item)
 
 
-def _prune(options: RunOptions, run: Path, model: str) -> dict[str, Any]:
-    # Half the user's text, half general text: the strongest lever known (one task, 30 % → 65 % of the gain kept).
-    data = options.data
-    return {"model": model, "columns": options.columns, "calibration": (*data, f"builtin={len(data) or 1}")}
+def half_general(data: tuple[str, ...]) -> tuple[str, ...]:
+    """Half the user's text, half general text: the strongest lever known (one task, 30 % → 65 % of the gain kept)."""
+    return (*data, f"builtin={len(data) or 1}")
 
 
-def _train(options: RunOptions, run: Path, model: str) -> dict[str, Any]:
-    return {"model": str(run / "prune"), "data": options.data, "columns": options.columns}
+def _prune(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
+    return {"model": model, "columns": options.columns, "calibration": half_general(options.data)}
 
 
-def _recover(options: RunOptions, run: Path, model: str) -> dict[str, Any]:
+def _align(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
+    return {"model": small, "large": model, "columns": options.columns, "data": half_general(options.data)}
+
+
+def _quantize(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
+    return {"model": small}
+
+
+def _train(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
+    return {"model": small, "data": options.data, "columns": options.columns}
+
+
+def _recover(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
     return {"adapter": str(run / "train")}
 
 
-def _verify(options: RunOptions, run: Path, model: str) -> dict[str, Any]:
+def _verify(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
     return {"adapter": str(run / "adapter"), "large": model}
 
 
-def _merge(options: RunOptions, run: Path, model: str) -> dict[str, Any]:
+def _merge(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
     return {"adapter": str(run / "adapter"), "base": model}
 
 
-def _eval(options: RunOptions, run: Path, model: str) -> dict[str, Any]:
+def _eval(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
     return {
         "model": model,
         "data": options.eval_data,
         "columns": options.columns,
         "compare": True,
         "adapter": str(run / "adapter"),
-        "small": str(run / "prune"),
+        "small": small,
         "small_adapter": str(run / "train"),
         "ceiling": str(run / "ceiling") if options.ceiling else None,
     }
 
 
-WIRES: dict[str, Callable[[RunOptions, Path, str], dict[str, Any]]] = {
+WIRES: dict[str, Callable[[RunOptions, Path, str, str], dict[str, Any]]] = {
     "prune": _prune,
+    "align": _align,
+    "quantize": _quantize,
     "train": _train,
     "recover": _recover,
     "verify": _verify,

@@ -19,7 +19,8 @@ from loram.artifact import SEAL, read_json, sha256_file, sha256_json, write_json
 from loram.data.encoding import EncodedRow
 from loram.errors import InputError, OptionError
 from loram.option_fields import flag
-from loram.options import TrainOptions
+from loram.options import StageOptions
+from loram.train_options import ResumeOptions
 from loram.training.processes import process_count
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ PREFIX = "checkpoint-"
 IDENTITY = "run.json"
 RUNNING = {"resume", "save_every", "keep_checkpoints", "report_to"}
 """Options that say how a run is kept going, and nothing about what comes out."""
-FREE = {"out", "force", "dry_run", "log_every", "model", "data", "eval_data", "columns"} | RUNNING
+FREE = {"out", "force", "dry_run", "log_every", "model", "large", "data", "eval_data", "columns"} | RUNNING
 """Options that may change between a run and its continuation; model and data are compared by content."""
 
 
@@ -41,14 +42,19 @@ class Checkpoint:
     step: int
 
 
-def identity(options: TrainOptions, rows: list[EncodedRow], model_digest: str) -> dict[str, Any]:
-    """What makes a continuation the same run: options, the encoded rows, the model, the number of processes."""
+def identity(options: StageOptions, data: list[EncodedRow] | str, model_digest: str) -> dict[str, Any]:
+    """What makes a continuation the same run: options, the encoded rows (or a digest), model, number of processes."""
     return {
         "options": {key: value for key, value in options.to_json().items() if key not in FREE},
-        "data": sha256_json([[row["input_ids"], [int(value) for value in row["loss_mask"]]] for row in rows]),
+        "data": data if isinstance(data, str) else rows_digest(data),
         "model": model_digest,
         "processes": process_count(),
     }
+
+
+def rows_digest(rows: list[EncodedRow]) -> str:
+    """Digest of encoded rows, loss masks included."""
+    return sha256_json([[row["input_ids"], [int(value) for value in row["loss_mask"]]] for row in rows])
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -72,7 +78,7 @@ def shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def find_start(out: Path, options: TrainOptions, now: Mapping[str, Any]) -> Checkpoint | None:
+def find_start(out: Path, options: ResumeOptions, now: Mapping[str, Any]) -> Checkpoint | None:
     """The checkpoint to go on from; None to start anew. OptionError where it is another run's."""
     if options.resume == "never":
         return None

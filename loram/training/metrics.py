@@ -36,7 +36,7 @@ class StepReport(TrainerCallback):
         self.tokens = 0
         self.seconds = self.seconds_before = 0.0
         self.started = 0.0
-        self.shown = 0
+        self.shown = self.total = 0
 
     def restore(self, lines: Iterable[dict[str, float]]) -> None:
         """Begin with these lines, whatever the file holds."""
@@ -51,8 +51,13 @@ class StepReport(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The clock starts."""
+        self.begin("train", state.max_steps)
+
+    def begin(self, label: str, total: int) -> None:
+        """Start the clock, and the display at the steps that are done already."""
         self.started = time.perf_counter()
-        self.progress.begin("train", state.max_steps)
+        self.total = total
+        self.progress.begin(label, total)
         if self.shown:
             self.progress.advance(self.shown)
 
@@ -67,15 +72,19 @@ class StepReport(TrainerCallback):
         """One optimizer step is done (the Trainer logs each one); its closing summary has no loss."""
         if not logs or "loss" not in logs:
             return
-        loss, step = float(logs["loss"]), state.global_step
+        self.tokens = int(state.num_input_tokens_seen)
+        self.total = state.max_steps
+        self.record(state.global_step, float(logs["loss"]), logs["learning_rate"], args.learning_rate)
+
+    def record(self, step: int, loss: float, rate: float, peak_rate: float) -> None:
+        """Write a step down and show it now and then; MismatchError for a loss that is no number."""
         if not math.isfinite(loss):
             name = "NaN" if math.isnan(loss) else "infinite"
-            raise MismatchError(f"the loss became {name} at step {step} with --lr {args.learning_rate:g}; lower --lr")
+            raise MismatchError(f"the loss became {name} at step {step} with --lr {peak_rate:g}; lower --lr")
         self.losses.append(loss)
-        self.tokens = int(state.num_input_tokens_seen)
         self.seconds = self.seconds_before + time.perf_counter() - self.started
-        self.append({"step": step, "loss": loss, "lr": logs["learning_rate"], "tokens": self.tokens, **self.extra})
-        if step - self.shown >= self.log_every or step in (1, state.max_steps) or self.extra:
+        self.append({"step": step, "loss": loss, "lr": rate, "tokens": self.tokens, **self.extra})
+        if step - self.shown >= self.log_every or step in (1, self.total) or self.extra:
             figures = {"tokens_per_second": self.tokens / self.seconds, "memory": float(peak_bytes()), **self.extra}
             self.progress.advance(step - self.shown, loss=loss, **figures)
             self.shown = step

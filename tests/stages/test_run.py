@@ -150,3 +150,20 @@ def test_killed_run_goes_on(options: RunOptions) -> None:
     assert "adapter" in {path.name for path in folder.iterdir()}
     fresh = run(change(options, out=str(folder.with_name("fresh"))))
     assert result.ladder.to_json() == fresh.ladder.to_json()
+
+
+def test_each_stage_works_on_the_small_model_before_it(options: RunOptions) -> None:
+    """align reads what prune wrote, train and eval what align wrote; both halves of the text are the run's."""
+    recipe = RECIPE.replace("train:", "align: {method: lm, steps: 2, batch: 2, length: 16, held_out: 2}\ntrain:", 1)
+    Path(options.recipe).write_text(recipe)
+    planned = {stage["name"]: stage["options"] for stage in run(change(options, dry_run=True)).stages}
+    run_folder = Path(options.out)
+    assert planned["align"]["model"] == str(run_folder / "prune")
+    assert planned["align"]["data"] == planned["prune"]["calibration"] == [*options.data, "builtin=1"]
+    assert planned["train"]["model"] == planned["eval"]["small"] == str(run_folder / "align")
+    result = run(options)
+    assert [stage["name"] for stage in result.stages][:3] == ["prune", "align", "train"]
+    manifest = read_manifest(run_folder / "train")
+    assert manifest is not None
+    assert manifest.compression == ("axes", "refit", "aligned")
+    assert skipped(run(options)) == ["prune", "align", "train", "recover", "verify", "eval"]
