@@ -19,6 +19,7 @@ from loram.families import Family
 from loram.masks import masked
 from loram.pruning_map import PruningMap
 from loram.quantization import Storage
+from loram.quantization.loading import quantization_of
 from loram.quantization.writing import Source
 from loram.shards import ShardWriter, TensorPlan, index_of, plan_header, plan_shards
 
@@ -30,7 +31,7 @@ Refitted = Mapping[str, Callable[[], Tensor]]
 def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
     """Every tensor that the config promises is there in the declared shape, and no other is."""
     config = checkpoint.config
-    if "quantization_config" in config:
+    if quantization_of(config) is not None:
         raise CheckpointError(f"{checkpoint.folder} is quantized; pruning needs the 16-bit original: give that")
     geometry = family.geometry(config)
     declared: set[str] = set()

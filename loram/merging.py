@@ -7,9 +7,10 @@ product of few rows takes another path through the BLAS.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,17 @@ from loram.adapter import Adapter, LoraPair
 from loram.artifact import write_json
 from loram.checkpoint import FLOATS, INDEX, Checkpoint, TensorEntry, all_finite, read_metadata
 from loram.errors import AdapterError, CheckpointError, MismatchError
+from loram.quantization.loading import quantization_of
 from loram.shards import ShardWriter, TensorPlan, index_of, plan_header
+
+
+def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    """CheckpointError for a base in few bits."""
+    method = quantization_of(config)
+    if method is not None:
+        raise CheckpointError(
+            f"{folder} is quantized ({method}); merging would round the update away: give the 16-bit one"
+        )
 
 
 @dataclass(frozen=True)
@@ -68,11 +79,7 @@ class Scratch:
 
 def check_mergeable(checkpoint: Checkpoint, adapter: Adapter, tied: bool) -> None:
     """Refuse a base or an adapter for which W + s·B·A is not the adapter's effect."""
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantized ({method}); merging would round the update away: give the 16-bit one"
-        )
+    refuse_quantized(checkpoint.folder, checkpoint.config)
     for module, pair in adapter.pairs.items():
         entry = checkpoint.entries.get(f"{module}.weight")
         if tied and module in ("lm_head", "model.embed_tokens"):

@@ -34,15 +34,27 @@ def require_library(config: Mapping[str, Any]) -> None:
 
 
 def settle(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Make a model that has just been loaded in 4 or 8 bit safe, and compute in `dtype` (None: as its config says)."""
+    """Make a model that has just been loaded in 4 or 8 bit safe, and compute in `dtype` (None: as it was stored).
+
+    transformers 5.23 leaves what is not quantized in the dtype of the file, whatever it is asked for.
+    """
     if not getattr(model, "is_quantized", False):
         return
     keep_unpacked(model)
-    for module in model.modules():
-        if dtype is not None and hasattr(module, "compute_dtype"):
-            setattr(module, "compute_dtype", dtype)  # noqa: B010 (torch's own types know nothing of it)
+    if dtype is not None:
+        compute_in(model, dtype)
     # LLM.int8() multiplies in fp16 and says so at every layer; nobody can do anything about it.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights that are not quantized, and what the quantized ones are unfolded to."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            setattr(module, "compute_dtype", dtype)  # noqa: B010 (torch's own types know nothing of it)
 
 
 def keep_unpacked(model: nn.Module) -> None:

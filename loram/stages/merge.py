@@ -8,11 +8,11 @@ from typing import Any
 
 from loram.adapter import Adapter, check_finite, check_init, expected_modules, load_adapter
 from loram.artifact import Base, Manifest, check_output, drafting, read_manifest, write_json
-from loram.checkpoint import BY_FLAG, Checkpoint, describe_base
+from loram.checkpoint import BY_FLAG, Checkpoint, describe_base, read_config
 from loram.errors import KindError, MismatchError, OptionError
 from loram.families import family_of, is_small_config
 from loram.memory import check_disk, format_bytes, peak_bytes
-from loram.merging import check_mergeable, merge_shards, merged_bytes
+from loram.merging import check_mergeable, merge_shards, merged_bytes, refuse_quantized
 from loram.options import MergeOptions
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
@@ -80,6 +80,7 @@ def base_folder(options: MergeOptions, manifest: Manifest | None) -> Path:
     base = find_large(options.adapter, manifest, options.base)
     if base is None:
         raise OptionError(f"{options.adapter} does not say where its large model is; add --base FOLDER")
+    refuse_quantized(base, read_config(base))
     return base
 
 

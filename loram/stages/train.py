@@ -14,13 +14,14 @@ from loram.data.places import source_path
 from loram.data.sources import read_sources, weighted
 from loram.data.summary import DataSummary, stop_tokens
 from loram.device import resolve_dtype
-from loram.errors import InputError, KindError
+from loram.errors import InputError, KindError, OptionError
 from loram.hub.download import resolve_model, split_id
 from loram.memory import format_bytes
 from loram.modeling import load_model, load_tokenizer
 from loram.options import TrainOptions
 from loram.progress import SILENT, Progress
 from loram.pruning_map import read_map
+from loram.quantization.loading import quantization_of
 from loram.results import StageResult
 from loram.stages.lineage import copy_files, moved, parent_of
 from loram.stages.resuming import earlier_result, identity_of, is_same_run, open_session, writing
@@ -72,6 +73,8 @@ def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
     earlier = earlier_result(options)
     out = check_output(options.out, inputs, force=options.force or earlier is not None)
     folder, small = trainable(options.model)
+    if options.compile:
+        refuse_compiled(folder)
     tokenizer = load_tokenizer(folder)
     length = within_context(options.max_length, read_config(folder))
     sources = weighted(read_sources(options.data, options.columns, options.system, weights=True), options.seed)
@@ -116,6 +119,12 @@ def trainable(model: str) -> tuple[Path, Manifest | None]:
             f"{model} is a {manifest.kind}; `loram train` works on a small model (`loram prune`) or a plain one"
         )
     return folder, manifest
+
+
+def refuse_compiled(folder: Path) -> None:
+    """OptionError where --compile was asked for on a model in 4 or 8 bit; transformers will not train one compiled."""
+    if quantization_of(read_config(folder)) is not None:
+        raise OptionError(f"--compile does not go with {folder}, which is quantized; leave it out")
 
 
 def train_into(
