@@ -15,6 +15,8 @@ from loram.progress import SILENT, Progress
 from loram.results import StageResult
 from loram.stages.plan import PlanResult, plan, read_model_config
 
+CALIBRATING = "Calibrating half on the training data is what makes the adapter carry over to the large model."
+
 
 @dataclass(frozen=True, kw_only=True)
 class InitResult(StageResult):
@@ -54,39 +56,49 @@ def init(options: InitOptions, progress: Progress = SILENT) -> InitResult:
     )
 
 
-def chosen_ratio(options: InitOptions, result: PlanResult) -> tuple[float, str]:
-    """The mildest ratio that trains in 16 bit within the memory, and a sentence that says why."""
+def chosen(options: InitOptions, result: PlanResult) -> tuple[float | None, str, str]:
+    """The mildest ratio (None: no cut) and quantization that train within the memory, and a sentence that says why."""
     peak = format_bytes(result.peaks["train"].total)
     if options.memory is None:
-        return 0.5, f"Ratio 0.5: training is predicted to peak at {peak}; `--memory 24GiB` would choose for a card."
-    fitting = next((c for c in result.tried if c.quantize == "none" and c.train_bytes <= (result.memory or 0)), None)
+        reason = f"Ratio 0.5: training is predicted to peak at {peak}; `--memory 24GiB` would choose for a card."
+        return 0.5, "none", reason
+    fitting = result.choice
     if fitting is None:
-        raise ResourceError(f"no 16-bit cut of {options.model} fits into {options.memory}; give more memory")
-    size = format_bytes(fitting.train_bytes)
-    if fitting.ratio is None:
+        raise ResourceError(f"no cut of {options.model} fits into {options.memory}, in 4 bit either; give more memory")
+    size, bits = format_bytes(fitting.train_bytes), fitting.quantize
+    if fitting.ratio is not None:
+        form = "16 bit" if bits == "none" else bits
         return (
-            0.5,
-            f"The whole model fits ({size}): `loram train` on it needs no pruning. This recipe prunes all the same.",
+            float(fitting.ratio),
+            bits,
+            f"Ratio {fitting.ratio} is the mildest that fits in {form}: {size} predicted.",
         )
-    return float(fitting.ratio), f"Ratio {fitting.ratio} is the mildest that fits in 16 bit: {size} predicted."
+    if bits == "none":
+        reason = (
+            f"The whole model fits ({size}): `loram train` on it needs no pruning. This recipe prunes all the same."
+        )
+        return 0.5, bits, reason
+    return None, bits, f"Whole and in {bits} it fits ({size} predicted), which agrees better with it than any cut."
 
 
 def recipe_text(options: InitOptions, result: PlanResult, whole: tuple[int, int]) -> str:
     """The recipe as YAML with comments."""
     import yaml
 
-    ratio, reason = chosen_ratio(options, result)
+    ratio, bits, reason = chosen(options, result)
     run: dict[str, Any] = {"model": options.model, "data": list(options.data), "eval_data": list(options.eval_data)}
+    cut = {
+        "method": "structured",
+        "score": "wanda",
+        "ratio": ratio,
+        "keep_first": whole[0],
+        "keep_last": whole[1],
+        "calibration": [*options.data, f"builtin={len(options.data)}"],
+    }
     sections = {
         "run": {key: value for key, value in run.items() if value},
-        "prune": {
-            "method": "structured",
-            "score": "wanda",
-            "ratio": ratio,
-            "keep_first": whole[0],
-            "keep_last": whole[1],
-            "calibration": [*options.data, f"builtin={len(options.data)}"],
-        },
+        **({} if ratio is None else {"prune": cut}),
+        **({} if bits == "none" else {"quantize": {"type": bits}}),
         "train": {"rank": 8, "alpha": 16, "epochs": 1, "lr": 2e-4},
         "recover": {"portable": True},
         "verify": {},
@@ -95,6 +107,6 @@ def recipe_text(options: InitOptions, result: PlanResult, whole: tuple[int, int]
     head = [
         f"# {options.model} on {options.memory or 'this machine'}; every key is an option of its stage.",
         f"# {reason}",
-        "# Calibrating half on the training data is what makes the adapter carry over to the large model.",
+        *([] if ratio is None else [f"# {CALIBRATING}"]),
     ]
     return "\n".join(head) + "\n\n" + yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)

@@ -104,8 +104,9 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
     steps = []
     for number, name in enumerate(names):
         stage = STAGE_OF.get(name, name)
-        small = run / next((FOLDERS[n] for n in reversed(names[:number]) if n in SMALL), "prune")
-        filled = WIRES[name](options, run, model, str(small)) | {"seed": options.seed} | recipe.section(stage)
+        small = small_before(names[:number], name, recipe)
+        place = model if small is None else str(run / FOLDERS[small])
+        filled = WIRES[name](options, run, model, place) | {"seed": options.seed} | recipe.section(stage)
         if stage == "prune" and filled.get("method") == "random":
             filled["calibration"] = recipe.section("prune").get("calibration", ())  # streaming is its point
         if name == "ceiling":
@@ -115,6 +116,16 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
         built = from_mapping(SECTIONS[stage], filled, f"{options.recipe}: {stage}")
         steps.append(Step(name, built, inputs_of(built)))
     return steps
+
+
+def small_before(done: list[str], name: str, recipe: Recipe) -> str | None:
+    """The section whose small model `name` works on: the last one of this run, or else of the recipe's earlier ones.
+
+    None where there is none: the stage works on the large model itself (a recipe that quantizes and does not prune).
+    """
+    sections = list(recipe.sections)
+    earlier = done if any(n in SMALL for n in done) else sections[: sections.index(name) if name in sections else None]
+    return next((section for section in reversed(earlier) if section in SMALL), None)
 
 
 def inputs_of(options: StageOptions) -> tuple[str, ...]:
@@ -165,7 +176,7 @@ def _eval(options: RunOptions, run: Path, model: str, small: str) -> dict[str, A
         "columns": options.columns,
         "compare": True,
         "adapter": str(run / "adapter"),
-        "small": small,
+        "small": None if small == model else small,
         "small_adapter": str(run / "train"),
         "ceiling": str(run / "ceiling") if options.ceiling else None,
     }

@@ -36,6 +36,8 @@ def test_recipe_parses(file: Path) -> None:
         ("llama-2-13b-structured", "0.65", "structured"),
         ("llama-2-13b-random", "0.65", "random"),
         ("llama-3.1-70b-structured", "0.85", "structured"),
+        *((f"llama-2-70b-qloram-{ratio}", ratio, "structured") for ratio in ("0.65", "0.75", "0.85", "0.95")),
+        ("llama-3.1-70b-qloram", "0.85", "structured"),
     ],
 )
 def test_the_papers_settings(name: str, ratio: str, method: str) -> None:
@@ -47,6 +49,11 @@ def test_the_papers_settings(name: str, ratio: str, method: str) -> None:
     assert (train["rank"], train["alpha"], train["dropout"], train["max_length"]) == (8, 16, 0.05, 512)
     assert train["batch"] * train["accumulate"] == 128
     assert train["schedule"] == "cosine"
+    sections = list(recipe.sections)
+    assert ("quantize" in sections) == ("qloram" in name)
+    if "qloram" in name:
+        assert recipe.section("quantize") == {"type": "nf4"}
+        assert sections.index("prune") < sections.index("quantize") < sections.index("train")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from loram.errors import InputError, OptionError, OutputError, ResourceError
 from loram.options import InitOptions
-from loram.recipe import load_recipe
+from loram.recipe import load_recipe, parse_recipe
 from loram.stages.init import init
 
 LLAMA_13B = {
@@ -48,6 +48,14 @@ def test_memory_decides_the_ratio(folder: Path) -> None:
     )
     assert "12GiB" in tight
     assert roomy != tight
+    roomy, tight, tightest = (
+        parse_recipe(init(InitOptions(model="large", data=("a",), memory=m, dry_run=True)).text, "r").sections
+        for m in ("80GiB", "12GiB", "5GiB")
+    )
+    assert (roomy["prune"]["ratio"], "quantize" in roomy) == (0.5, False)
+    assert ("prune" in tight, tight["quantize"]) == (False, {"type": "nf4"})
+    assert tightest["quantize"] == {"type": "nf4"}
+    assert 0 < tightest["prune"]["ratio"] < 1
     with pytest.raises(ResourceError, match="fits into 1GiB"):
         init(InitOptions(model="large", data=("a",), memory="1GiB", out="mine.yaml"))
     assert [path.name for path in folder.iterdir()] == ["large"]

@@ -167,3 +167,33 @@ def test_each_stage_works_on_the_small_model_before_it(options: RunOptions) -> N
     assert manifest is not None
     assert manifest.compression == ("axes", "refit", "aligned")
     assert skipped(run(options)) == ["prune", "align", "train", "recover", "verify", "eval"]
+
+
+def test_quantizing_stands_between_pruning_and_training(options: RunOptions) -> None:
+    Path(options.recipe).write_text(RECIPE.replace("train:", "quantize: {type: nf4}\ntrain:", 1))
+    run_folder = Path(options.out)
+    result = run(options)
+    assert [stage["name"] for stage in result.stages] == ["prune", "quantize", "train", "recover", "verify", "eval"]
+    planned = {stage["name"]: stage["options"] for stage in result.stages}
+    assert planned["quantize"]["model"] == str(run_folder / "prune")
+    assert planned["train"]["model"] == planned["eval"]["small"] == str(run_folder / "quantize")
+    manifest = read_manifest(run_folder / "train")
+    assert manifest is not None
+    assert manifest.compression == ("axes", "refit", "nf4")
+    assert len(skipped(run(options))) == 6
+    other = run(change(options, overrides=("quantize.type=int8",)))
+    assert skipped(other) == ["prune"]
+
+
+def test_a_recipe_may_quantize_the_whole_model(options: RunOptions) -> None:
+    """Bits before cuts: no pruning at all; and one stage alone finds the small model that the recipe made."""
+    without = "quantize: {}\n" + RECIPE.split("\n", 2)[2]
+    Path(options.recipe).write_text(without)
+    run_folder = Path(options.out)
+    planned = {stage["name"]: stage["options"] for stage in run(change(options, dry_run=True)).stages}
+    assert planned["quantize"]["model"] == str(TINY)
+    assert planned["train"]["model"] == str(run_folder / "quantize")
+    alone = run(change(options, dry_run=True, stages=("train",)))
+    assert alone.stages[0]["options"]["model"] == str(run_folder / "quantize")
+    result = run(options)
+    assert result.ladder.rung("large + recovered").loss < result.ladder.rung("base").loss
