@@ -15,7 +15,7 @@ from loram.device import resolve_dtype
 from loram.errors import InputError, KindError, OptionError
 from loram.evaluation.generation import questions
 from loram.evaluation.ladder import BASE, CEILING, ORDER, RECOVERED, SMALL, SMALL_ADAPTER, Ladder, Rung
-from loram.evaluation.losses import Loss, paired_gain, summarize
+from loram.evaluation.losses import Loss, RowLosses, paired_gain, summarize
 from loram.evaluation.subjects import Exam, Measured, Subject, examine
 from loram.hub.download import resolve_model
 from loram.modeling import load_tokenizer
@@ -29,10 +29,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult(StageResult):
-    """The held-out loss of `subject`; with --compare, the ladder (and the figures of large + recovered)."""
+    """The held-out loss of `subject`, also by row; with --compare, that of large + recovered, and the ladder."""
 
     subject: str
     loss: Loss
+    losses: RowLosses
     accuracy: float | None = None
     tasks: dict[str, Any] = field(default_factory=dict)
     ladder: Ladder | None = None
@@ -79,6 +80,7 @@ def evaluate(options: EvalOptions, progress: Progress = SILENT) -> EvalResult:
     return EvalResult(
         subject=headline,
         loss=summarize(measured.losses),
+        losses=measured.losses,
         accuracy=measured.accuracy,
         tasks=measured.tasks,
         ladder=ladder_of(found) if options.compare else None,

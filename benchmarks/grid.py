@@ -1,0 +1,207 @@
+"""What the quality benchmark compares: models, tasks, methods, and the cells they make; plain data.
+
+A cell is a chain of loram's own stages on one model and one task, and the held-out loss that comes of it. Values of
+options that are places are symbols here (`@large`, `@train`), so that what is recorded holds no path of a machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+LARGE, TRAIN = "@large", "@train"
+HALF = (TRAIN, "builtin")
+GENERAL = ("builtin",)
+RATES = (5e-4, 1e-3, 2e-3)
+SEEDS = (0, 1, 2)
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A large model: its id, and how it is told where it lies (`--place NAME=FOLDER`)."""
+
+    name: str
+    id: str
+    keep: tuple[tuple[int, int], ...] = ((4, 2), (1, 1))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training and held-out rows, and the effort that all cells of the task share."""
+
+    name: str
+    about: str
+    train: str
+    test: str
+    columns: str | None = None
+    steps: int = 16
+    batch: int = 4
+    max_length: int = 128
+    limit: int | None = None
+    samples: int = 16
+    length: int = 128
+
+    @property
+    def effort(self) -> Options:
+        """For the record."""
+        names = ("steps", "batch", "max_length", "limit", "samples", "length")
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        Model("gemma-3-270m", "google/gemma-3-270m", keep=((4, 2),)),
+        Model("qwen2.5-coder-0.5b", "Qwen/Qwen2.5-Coder-0.5B-Instruct", keep=((4, 2),)),
+    )
+}
+GSM8K = "GSM8K completions, the short problems that come with loram"
+TASKS = {
+    task.name: task
+    for task in (
+        Task("gsm8k", GSM8K, "recipes/data/train.jsonl", "recipes/data/test.jsonl"),
+        Task(
+            "arc-easy",
+            "ARC-Easy in the LLM-Adapters form",
+            "commonsense/arc_easy.train.jsonl",
+            "commonsense/arc_easy.test.jsonl",
+            limit=64,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the small model is made: options of prune (None: nothing is cut), align, quantize and recover."""
+
+    name: str
+    label: str
+    prune: Options | None = field(default_factory=dict)
+    align: Options | None = None
+    quantize: Options | None = None
+    recover: Options = field(default_factory=dict)
+
+
+DISTILL: Options = {"method": "distill", "data": HALF}
+METHODS = {
+    method.name: method
+    for method in (
+        Method("random", "random cut", {"method": "random"}),
+        Method("structured", "Wanda cut, no repair", {"calibration": HALF, "refit": False}),
+        Method("refit-general", "Wanda cut, refit on general text", {"calibration": GENERAL}),
+        Method("refit", "Wanda cut, refit on half task text", {"calibration": HALF}),
+        Method("distill", "the same + distillation on half task text", {"calibration": HALF}, align=DISTILL),
+        Method("semi", "2:4 masks", {"method": "semi", "calibration": HALF}),
+        Method("unstructured", "50 % unstructured masks", {"method": "unstructured", "calibration": HALF}),
+        Method("depth", "whole layers dropped", {"method": "depth", "calibration": HALF}),
+        Method("random-distill", "random cut + distillation", {"method": "random"}, align=DISTILL),
+        Method("nf4", "NF4, nothing cut", None, quantize={}),
+        Method("refit-nf4", "Wanda cut, refit, NF4", {"calibration": HALF}, quantize={}),
+        Method("refit-calibrated", "refit, recover --calibrate", {"calibration": HALF}, recover={"calibrate": TRAIN}),
+    )
+}
+MASKS = ("semi", "unstructured")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of the grid. `method` may also be `base` (no training) or `ceiling` (LoRA on the large model)."""
+
+    model: str
+    task: str
+    method: str
+    ratio: str = ""
+    keep: tuple[int, int] | None = None
+    seed: int = 0
+    lr: float = 1e-3
+    measured: str = "large"
+
+    @property
+    def id(self) -> str:
+        """The name it is recorded and asked for by."""
+        keep = "" if self.keep is None else f"keep{self.keep[0]}-{self.keep[1]}"
+        lr = "" if self.method == "base" else f"lr{self.lr:g}"
+        parts = (self.model, self.task, self.method, self.ratio, keep, lr, f"seed{self.seed}")
+        small = "small" if self.measured == "small" else ""
+        return "_".join(part for part in (*parts, small) if part)
+
+    def stages(self) -> list[tuple[str, Options]]:
+        """The stages in order with their options; `@before` is the folder that the stage before wrote."""
+        task = TASKS[self.task]
+        held = {"limit": task.limit, "max_length": task.max_length, "long": "drop", "columns": task.columns}
+        measure = ("eval", {"model": LARGE, "data": ("@test",), "batch": 8, **held})
+        if self.method == "base":
+            return [measure]
+        train = {"data": (TRAIN,), "lr": self.lr, "steps": task.steps, "batch": task.batch, "save_every": 8}
+        train |= {"max_length": task.max_length, "long": "drop", "columns": task.columns}
+        if self.method == "ceiling":
+            return [("train", {"model": LARGE, **train}), replace_option(measure, adapter="@before")]
+        chain = [*self.compression(task), ("train", {"model": "@before", **train})]
+        if self.measured == "small":
+            return [*chain, replace_option(measure, model="@small", adapter="@before")]
+        recover = ("recover", {"adapter": "@before", **METHODS[self.method].recover})
+        return [*chain, recover, replace_option(measure, adapter="@before")]
+
+    def compression(self, task: Task) -> list[tuple[str, Options]]:
+        """prune, align and quantize, as far as the method has them."""
+        method = METHODS[self.method]
+        found: list[tuple[str, Options]] = []
+        if method.prune is not None:
+            assert self.keep is not None
+            cut: Options = {"model": LARGE, "keep_first": self.keep[0], "keep_last": self.keep[1], **method.prune}
+            cut |= {} if method.prune.get("method") == "semi" else {"ratio": self.ratio}
+            cut |= {"samples": task.samples, "length": task.length, "columns": task.columns}
+            found.append(("prune", cut))
+        if method.align is not None:
+            found.append(("align", {"model": "@before", "columns": task.columns, **method.align}))
+        if method.quantize is not None:
+            found.append(("quantize", {"model": "@before" if found else LARGE, **method.quantize}))
+        return found
+
+
+def replace_option(stage: tuple[str, Options], **values: Any) -> tuple[str, Options]:
+    """The stage with other values."""
+    return stage[0], stage[1] | values
+
+
+def grid() -> list[Cell]:
+    """All cells, the most wanted first; each once."""
+    wanted = [*main_grid("smollm2-135m", "gsm8k"), *ablation("smollm2-135m", "gsm8k"), *others()]
+    return list(dict.fromkeys(wanted))
+
+
+def main_grid(model: str, task: str) -> Iterator[Cell]:
+    """The table of the issue: ceilings at three rates, every method with both ways of keeping layers whole."""
+    yield Cell(model, task, "base")
+    yield from (Cell(model, task, "ceiling", lr=rate) for rate in RATES)
+    for name in ("random", "refit", "refit-general", "structured", "distill", *MASKS, "depth"):
+        yield from (Cell(model, task, name, "0.5", keep) for keep in MODELS[model].keep)
+    yield Cell(model, task, "nf4")
+    yield from (Cell(model, task, name, "0.5", (4, 2)) for name in ("refit-nf4", "refit-calibrated"))
+    for name in ("random", "refit", "distill"):
+        for seed in SEEDS[1:]:
+            yield from (Cell(model, task, name, "0.5", keep, seed) for keep in MODELS[model].keep)
+
+
+def ablation(model: str, task: str) -> Iterator[Cell]:
+    """The shape of the paper's figures 6 (recovery and alignment, by method) and 7 (ratio, naive against LoRAM)."""
+    for ratio in ("0.3", "0.5", "0.7", "0.9"):
+        both = Cell(model, task, "refit", ratio, (4, 2))
+        yield from (both, replace(both, measured="small"))
+    for name in ("random", "random-distill", "distill", *MASKS):
+        both = Cell(model, task, name, "0.5", (4, 2))
+        yield from (both, replace(both, measured="small"))
+    yield from (Cell(model, task, "refit-nf4", ratio, (4, 2)) for ratio in ("0.3", "0.7"))
+
+
+def others() -> Iterator[Cell]:
+    """The same on other models and another task: one seed, the methods that matter."""
+    for model, task in (("gemma-3-270m", "gsm8k"), ("qwen2.5-coder-0.5b", "gsm8k"), ("smollm2-135m", "arc-easy")):
+        yield Cell(model, task, "base")
+        yield from (Cell(model, task, "ceiling", lr=rate) for rate in RATES)
+        yield from (Cell(model, task, name, "0.5", (4, 2)) for name in ("random", "refit", "distill"))
+        yield Cell(model, task, "nf4")
