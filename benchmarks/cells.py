@@ -23,6 +23,7 @@ from benchmarks.measure import ROOT, say
 RESULTS = ROOT / "benchmarks" / "quality"
 PLACES = (LARGE, TRAIN, "@test", "@before", "@small")
 NO_FOLDER = ("eval",)
+TOLD = ("params", "bytes", "loss", "steps", "tokens", "scales")
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,7 @@ def reduction(stages: list[dict[str, Any]]) -> dict[str, Any]:
     """Parameters of the large and the small model and their ratio, embeddings included, as prune counted them."""
     for stage in stages:
         if stage["stage"] == "prune":
-            params: dict[str, Any] = stage["result"]["params"]
-            return params
+            return dict(stage["result"]["params"])
     return {}
 
 
@@ -170,10 +170,11 @@ def conditions() -> dict[str, Any]:
 
 
 def write(file: Path, body: dict[str, Any]) -> None:
-    """A JSON file, absent or whole."""
+    """A JSON file with a line for every key, absent or whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = (f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in body.items())
+    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     partial.replace(file)
 
 

@@ -36,9 +36,9 @@ class Task:
     train: str
     test: str
     columns: str | None = None
-    steps: int = 16
+    steps: int = 12
     batch: int = 4
-    max_length: int = 128
+    max_length: int = 112
     limit: int | None = None
     samples: int = 16
     length: int = 128
@@ -136,7 +136,14 @@ class Cell:
         measure = ("eval", {"model": LARGE, "data": ("@test",), "batch": 8, **held})
         if self.method == "base":
             return [measure]
-        train = {"data": (TRAIN,), "lr": self.lr, "steps": task.steps, "batch": task.batch, "save_every": 8}
+        train = {
+            "data": (TRAIN,),
+            "lr": self.lr,
+            "steps": task.steps,
+            "batch": task.batch,
+            "save_every": 6,
+            "warmup": 0.0,
+        }
         train |= {"max_length": task.max_length, "long": "drop", "columns": task.columns}
         if self.method == "ceiling":
             return [("train", {"model": LARGE, **train}), replace_option(measure, adapter="@before")]
