@@ -8,10 +8,10 @@ file, written whole at the end.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def run_cell(cell: Cell, bench: Bench) -> dict[str, Any]:
         chain += [name, options, cell.seed]
         entry = run_stage(name, options | {"seed": cell.seed}, places, bench.scratch / digest(name, chain))
         stages.append({"stage": name, "options": {k: v for k, v in options.items() if v is not None}, **entry})
-    body = describe(cell) | stages[-1].pop("figures") | {"reduction": reduction(stages)}
+    body: dict[str, Any] = describe(cell) | stages[-1].pop("figures") | {"reduction": reduction(stages)}
     body |= {"effort": task.effort, "stages": stages, "conditions": conditions()}
     write(bench.record(cell), body)
     return body
@@ -77,9 +77,6 @@ def run_cell(cell: Cell, bench: Bench) -> dict[str, Any]:
 
 def run_stage(name: str, options: Options, places: dict[str, str], folder: Path) -> dict[str, Any]:
     """One stage, or what is remembered of it where its folder is there."""
-    from loram.options import SECTIONS, from_mapping
-    from loram.stages import stage_function
-
     memory = folder.with_name(folder.name + ".json")
     writes = name not in NO_FOLDER
     if memory.is_file() and (folder.is_dir() or not writes):
@@ -88,7 +85,7 @@ def run_stage(name: str, options: Options, places: dict[str, str], folder: Path)
         filled = {key: fill(value, places) for key, value in options.items()}
         filled |= {"out": str(folder)} if writes else {}
         began, burnt = time.monotonic(), time.process_time()
-        result = stage_function(name)(from_mapping(SECTIONS[name], filled, name), progress())
+        result = run_function(name, filled)
         entry = {"seconds": round(time.monotonic() - began, 1), "cpu": round(time.process_time() - burnt, 1)}
         entry |= {"figures": figures(result)} if name == "eval" else {"result": without_paths(result.to_json())}
         write(memory, entry)
@@ -98,11 +95,13 @@ def run_stage(name: str, options: Options, places: dict[str, str], folder: Path)
     return entry
 
 
-def progress() -> Any:
-    """Silent."""
+def run_function(name: str, options: Options) -> Any:
+    """Call a stage of loram's; the launcher itself stays light until then."""
+    from loram.options import SECTIONS, from_mapping
     from loram.progress import SILENT
+    from loram.stages import stage_function
 
-    return SILENT
+    return stage_function(name)(from_mapping(SECTIONS[name], options, name), SILENT)
 
 
 def fill(value: Any, places: dict[str, str]) -> Any:
@@ -114,8 +113,6 @@ def fill(value: Any, places: dict[str, str]) -> Any:
 
 def digest(name: str, chain: list[Any]) -> str:
     """A folder name for what a chain of stages makes."""
-    from hashlib import sha256
-
     return f"{name}-{sha256(json.dumps(chain, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
@@ -176,8 +173,3 @@ def write(file: Path, body: dict[str, Any]) -> None:
     lines = (f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in body.items())
     partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     partial.replace(file)
-
-
-def forget(bench: Bench) -> None:
-    """Remove the folders that only resuming needs."""
-    shutil.rmtree(bench.scratch, ignore_errors=True)

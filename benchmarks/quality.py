@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks.cells import RESULTS, Bench, run_cell
 from benchmarks.grid import Cell, grid
 from benchmarks.measure import ONE_THREAD, QUIET, say
+from loram.errors import Interrupted, LoramError
 
 
 def main() -> int:
@@ -43,9 +44,12 @@ def run_all(cells: list[Cell], bench: Bench, minutes: float | None) -> int:
         say(cell.id)
         try:
             body = run_cell(cell, bench)
+        except Interrupted as stopped:
+            say(f"  {stopped.what}; the same command goes on")
+            return stopped.exit_code
         except Exception as error:  # a method that this version lacks must not stop the others
             failed += 1
-            say(f"  not run: {error}" if type(error).__module__.startswith("loram") else traceback.format_exc())
+            say(f"  not run: {error}" if isinstance(error, (LoramError, LookupError)) else traceback.format_exc())
         else:
             say(f"  held-out loss {body['loss']:.4f} ± {body['stderr']:.4f}")
     return int(failed > 0)
