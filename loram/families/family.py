@@ -100,6 +100,8 @@ class Family:
     """The attention reads head counts from its config in `forward`: give each layer a copy of its own."""
     layer_counts: tuple[tuple[str, str], ...] = ()
     """Attributes of a layer's modules that hold an axis' size, as (path, axis)."""
+    adds_outputs: bool = True
+    """What o and down give is added to the residual stream as it is; False where a norm stands in between."""
     prefix: str = "model.layers."
     embedding: Weight = Weight("model.embed_tokens", VOCABULARY, HIDDEN)
     head: Weight = Weight("lm_head", VOCABULARY, HIDDEN)

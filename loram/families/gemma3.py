@@ -19,4 +19,5 @@ GEMMA3 = Family(
     ),
     required=("num_key_value_heads", "head_dim"),
     tied=True,
+    adds_outputs=False,
 )

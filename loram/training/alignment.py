@@ -86,7 +86,8 @@ def align_weights(
 def refuse_stop(session: Session, step: int, options: AlignOptions) -> None:
     """Interrupted where somebody has asked to stop."""
     if session.stop:
-        where = f"at step {step}, which is saved" if step else "before the first step"
+        unit = "layer" if options.method in ("refit", "block") else "step"
+        where = f"at {unit} {step}, which is saved" if step else f"before the first {unit} was done"
         raise Interrupted(f"stopped by {session.stop.name} {where}", command_line("align", options))
 
 

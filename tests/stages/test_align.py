@@ -244,3 +244,49 @@ def test_the_large_model_must_be_there_and_be_the_one(work: Path, tmp_path: Path
 def test_impossible_options(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(OptionError, match=sentence):
         AlignOptions(model="x", **changes)
+
+
+@pytest.mark.parametrize(
+    "how", [*LEARNING[:1], *LEARNING[3:], {"method": "refit", "refit_all": True}, {"method": "block"}]
+)
+def test_masked_zeros_stay_zero(stock: Any, tmp_path: Path, how: dict[str, Any], work: Path) -> None:
+    """What a mask drops is zero before and after; the rest changes. Axes, masks and dropped layers together."""
+    large = tmp_path / "large"
+    shutil.copytree(work / "large", large)
+    draw = torch.Generator().manual_seed(3)
+    masks = {}
+    with Checkpoint(large) as checkpoint:
+        for name, entry in checkpoint.entries.items():
+            if "layers.1." in name and "_proj" in name:
+                masks[name] = torch.rand(entry.shape, generator=draw) < 0.5
+    kept = {3: ([0], list(range(200)))}
+    small = write_small_folder(large, kept, tmp_path / "small", layers=(0, 1, 3), masks=masks)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(FIXTURE / file, small / file)
+    align(options(work, tmp_path / "out", model=str(small), **{"lr": 5e-3, "steps": 4, **how}))
+    before, after = weights(small), weights(tmp_path / "out")
+    for name, mask in masks.items():
+        assert not before[name][~mask].any()
+        assert not after[name][~mask].any()
+        if how.get("scope") != "norms":
+            assert not torch.equal(before[name][mask], after[name][mask])
+    assert read_map(tmp_path / "out").sha256 == read_map(small).sha256
+    small_of = read_manifest(small)
+    aligned = read_manifest(tmp_path / "out")
+    assert small_of is not None
+    assert aligned is not None
+    assert aligned.compression == (*small_of.compression, "refit" if how["method"] == "refit" else "aligned")
+
+
+@pytest.mark.parametrize("how", [{"method": "refit"}, {"method": "refit", "refit_all": True}, {"method": "block"}])
+def test_layers_are_repaired_in_the_whole_stage(work: Path, tmp_path: Path, how: dict[str, Any]) -> None:
+    result = align(options(work, tmp_path / "out", **how))
+    touched = changed(work, tmp_path / "out")
+    assert {int(name.split(".")[2]) for name in touched} == {1, 2}
+    if how == {"method": "refit"}:
+        assert {name.split(".")[-2] for name in touched} == {"o_proj", "down_proj"}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[3]["loss"] > 0
+    assert all(line["loss"] <= line["error_before"] for line in lines)
+    assert result.after is not None

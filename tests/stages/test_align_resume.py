@@ -25,6 +25,8 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-llama-kjv"
 METHODS: dict[str, dict[str, Any]] = {
     "lm": {"method": "lm", "accumulate": 2},
     "distill": {"method": "distill", "scope": "lora", "rank": 4},
+    "refit": {"method": "refit", "refit_all": True},
+    "block": {"method": "block", "steps": 3, "accumulate": 2},
 }
 
 
@@ -93,8 +95,13 @@ def assert_same(out: Path, other: Path) -> None:
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(out.name + ".")] == []
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("step", [1, 5, 7])
+LAYERS = 4  # of the fixture: refit and block are saved by the layer
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("lm", 1), ("lm", 5), ("lm", 7), ("distill", 4), ("refit", 1), ("refit", 3), ("block", 2), ("block", LAYERS)],
+)
 def test_a_signal_saves_and_the_continuation_is_exact(
     work: Path, undisturbed: Any, tmp_path: Path, name: str, step: int
 ) -> None:

@@ -1,0 +1,66 @@
+"""Least-squares repair of a Linear from what is missing at its output, the input being the small model's own.
+
+W′ = W + R·Xᵀ·(X·Xᵀ + λ·mean(diag X·Xᵀ)·I)⁻¹ where X (in, tokens) is what the Linear sees in the small model and
+R (out, tokens) = T − W·X is what its output lacks: the sequential, two-stream form of the refit in `refit`.
+Without anything missing, W stays as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loram.pruning.refit import DAMPING
+
+ROUNDS = 64
+
+
+class Residual:
+    """X·Xᵀ (in, in) and R·Xᵀ (out, in), fp64 sums of fp32 products over the tokens that were added."""
+
+    def __init__(self) -> None:
+        self.moment = torch.empty(0)
+        self.cross = torch.empty(0)
+
+    def add(self, x: Tensor, missing: Tensor) -> None:
+        """Add inputs (tokens, in) and what their outputs lack (tokens, out)."""
+        x, missing = x.float(), missing.float()
+        moment, cross = (x.T @ x).double(), (missing.T @ x).double()
+        first = not self.moment.numel()
+        self.moment = moment if first else self.moment.add_(moment)
+        self.cross = cross if first else self.cross.add_(cross)
+
+    def update(self, mask: Tensor | None = None, damping: float = DAMPING) -> Tensor:
+        """What W changes by, (out, in) fp64; zero where `mask` (out, in) is off."""
+        moment = self.moment.clone()
+        scale = moment.diagonal().mean()
+        if not scale > 0:
+            return torch.zeros_like(self.cross)
+        moment.diagonal().add_(damping * scale)
+        if mask is None:
+            return torch.cholesky_solve(self.cross.T, torch.linalg.cholesky(moment)).T
+        return masked_solve(moment, self.cross, mask.to(moment.device))
+
+
+def masked_solve(moment: Tensor, cross: Tensor, mask: Tensor, rounds: int = ROUNDS) -> Tensor:
+    """D (out, in) with D·M = cross at the entries of `mask` and D = 0 elsewhere: conjugate gradients, all rows at once.
+
+    Each row has a support of its own, so there is no common factor; with the damping M is well conditioned.
+    """
+    keep = mask.to(moment.dtype)
+    found = torch.zeros_like(cross)
+    rest = cross * keep
+    direction = rest.clone()
+    size = rest.square().sum(1, keepdim=True)
+    floor = size * 1e-20
+    for _ in range(rounds):
+        if bool((size <= floor).all()):
+            break
+        image = (direction @ moment) * keep
+        step = size / (direction * image).sum(1, keepdim=True).clamp_min(torch.finfo(moment.dtype).tiny)
+        found += step * direction
+        rest -= step * image
+        fresh = rest.square().sum(1, keepdim=True)
+        direction = rest + (fresh / size.clamp_min(torch.finfo(moment.dtype).tiny)) * direction
+        size = fresh
+    return found
