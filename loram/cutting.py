@@ -13,47 +13,17 @@ from typing import Any
 from torch import Tensor
 
 from loram.artifact import write_json
-from loram.checkpoint import FLOATS, INDEX, Checkpoint, all_finite
-from loram.errors import CheckpointError, FamilyError, MismatchError
+from loram.checkpoint import INDEX, Checkpoint, all_finite
+from loram.errors import MismatchError
 from loram.families import Family
 from loram.masks import masked
 from loram.pruning_map import PruningMap
 from loram.quantization import Storage
-from loram.quantization.loading import quantization_of
 from loram.quantization.writing import Source
 from loram.shards import ShardWriter, TensorPlan, index_of, plan_header, plan_shards
 
-IGNORED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 Refitted = Mapping[str, Callable[[], Tensor]]
 """Weights that were computed instead of gathered: {tensor name: reads it}."""
-
-
-def check_tensors(checkpoint: Checkpoint, family: Family) -> None:
-    """Every tensor that the config promises is there in the declared shape, and no other is."""
-    config = checkpoint.config
-    if quantization_of(config) is not None:
-        raise CheckpointError(f"{checkpoint.folder} is quantized; pruning needs the 16-bit original: give that")
-    geometry = family.geometry(config)
-    declared: set[str] = set()
-    for name, dimensions, _ in family.tensors(config):
-        shape = tuple(sum(geometry.size(s.count) * geometry.size(s.width) for s in d) for d in dimensions)
-        entry = checkpoint.entry(name)
-        if entry.shape != shape:
-            raise CheckpointError(
-                f"{checkpoint.folder}: {name} is {entry.shape}, config.json says {shape}; "
-                "the two do not belong together"
-            )
-        if entry.dtype not in FLOATS:
-            raise CheckpointError(f"{checkpoint.folder}: {name} is stored as {entry.dtype}; give the 16-bit original")
-        declared.add(name)
-    extra = [n for n in checkpoint.entries if n not in declared and not n.endswith(IGNORED)]
-    if geometry.tied:
-        extra = [name for name in extra if name != f"{family.head.name}.weight"]
-    if extra:
-        raise FamilyError(
-            f"{checkpoint.folder} holds {extra[0]}, which the {family.name} family does not have; "
-            "loram cannot tell how to cut it"
-        )
 
 
 def write_small(

@@ -28,7 +28,19 @@ LAYERS: list[set[str]] = [
         "errors",
     }
     | {"progress", "results", "version", "memory"},
-    {"pruning_map", "axes", "masks", "numbering", "checkpoint", "stored", "shards", "artifact", "recipe"},
+    {
+        "pruning_map",
+        "axes",
+        "masks",
+        "numbering",
+        "checkpoint",
+        "stored",
+        "drawing",
+        "declared",
+        "shards",
+        "artifact",
+        "recipe",
+    },
     {
         "modeling",
         "quantization",
@@ -40,7 +52,7 @@ LAYERS: list[set[str]] = [
         "hub.failures",
         "portability",
     },
-    {"data", "pruning", "cutting", "merging", "rewriting"},
+    {"data", "pruning", "cutting", "gathering", "merging", "rewriting"},
     {"training.cross_entropy"},
     {"blockwise"},
     {"training"},
@@ -68,6 +80,7 @@ SIBLINGS = {
     "memory": {"errors"},
     "stored": {"artifact"},
     "checkpoint": {"stored"},
+    "declared": {"stored"},
     "shards": {"stored"},
     "masks": {"checkpoint", "shards"},
     "pruning_map": {"axes", "checkpoint", "masks", "numbering", "shards"},
@@ -90,7 +103,7 @@ NO_TORCH = {
         "progress",
     ),
     *("results", "version"),
-    *("artifact", "recipe", "numbering", "portability"),
+    *("artifact", "recipe", "numbering", "drawing", "declared", "portability"),
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "lm_eval", "flwr", "matplotlib"}
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy
 import torch
 from torch import Tensor
 
+from loram.drawing import random_units
 from loram.families import AXES, Geometry
 from loram.families.widths import Widths
 from loram.pruning_map import Axis, axis_name
@@ -17,19 +19,19 @@ def best(scores: Tensor, count: int) -> Tensor:
     return torch.argsort(scores, descending=True, stable=True)[:count].sort().values
 
 
-def random_units(size: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` of `size` indices, sorted, every subset equally likely."""
-    return torch.randperm(size, generator=generator)[:count].sort().values
+def drawn(size: int, count: int, generator: numpy.random.Generator) -> Tensor:
+    """Random units as a tensor."""
+    return torch.from_numpy(random_units(size, count, generator))
 
 
 def layer_axes(
-    layer: int, widths: Widths, geometry: Geometry, scores: Mapping[str, Tensor] | torch.Generator
+    layer: int, widths: Widths, geometry: Geometry, scores: Mapping[str, Tensor] | numpy.random.Generator
 ) -> dict[str, Axis]:
     """The axes of one layer that are cut, chosen by scores {unit: (size,)} or by a random generator."""
     axes: dict[str, Axis] = {}
     for unit in AXES:
         size, count = geometry.size(unit), getattr(widths, unit)[layer]
-        kept = random_units(size, count, scores) if isinstance(scores, torch.Generator) else best(scores[unit], count)
+        kept = drawn(size, count, scores) if isinstance(scores, numpy.random.Generator) else best(scores[unit], count)
         if count < size:
             name = axis_name(layer, unit)
             axes[name] = Axis(name, size, kept)

@@ -19,7 +19,7 @@ from loram.results import StageResult
 
 STAGE_FUNCTIONS: dict[str, str] = {
     "plan": "loram.stages.plan:plan",
-    "prune": "loram.stages.prune:prune",
+    "prune": "loram.stages.prune_random:prune",
     "align": "loram.stages.align:align",
     "quantize": "loram.stages.quantize:quantize",
     "train": "loram.stages.train:train",

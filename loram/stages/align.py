@@ -22,7 +22,8 @@ from loram.pruning_map import FILE as MAP_FILE
 from loram.results import StageResult
 from loram.rewriting import rewrite
 from loram.stages.aligning import CHANGES, Work, digest_of, held_out_loss
-from loram.stages.lineage import MODEL_FILES, copy_files, moved, parent_of
+from loram.stages.carried import MODEL_FILES, copy_files
+from loram.stages.lineage import moved, parent_of
 from loram.stages.resuming import earlier_result, is_same_run, open_session
 from loram.stages.wiring import content_digest
 from loram.training.checkpoints import RUNNING, discard, identity, set_aside

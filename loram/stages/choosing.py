@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -96,7 +97,7 @@ def scores_beforehand(work: Pruning, layers: list[int]) -> dict[int, Any]:
     """Per layer the scores (or the random generator) that need no pass over its inputs."""
     score = SCORES[work.options.score]
     if work.options.method == "random":
-        return dict.fromkeys(layers, torch.Generator().manual_seed(work.options.seed))
+        return dict.fromkeys(layers, numpy.random.default_rng(work.options.seed))
     if score.needs == "weights":
         return {layer: layer_scores(work, layer) for layer in layers}
     if score.needs == "inputs":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loram.artifact import read_manifest
 from loram.checkpoint import Checkpoint, all_finite
-from loram.cutting import check_tensors
+from loram.declared import check_tensors
 from loram.errors import CheckpointError, KindError, MismatchError
 from loram.families import Family, Geometry, family_of
 from loram.masks import PackedMask

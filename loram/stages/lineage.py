@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,11 +22,6 @@ from loram.errors import InputError, KindError, MismatchError, OptionError
 from loram.hub.download import resolve_model
 from loram.pruning_map import FILE as MAP_FILE
 from loram.pruning_map import PruningMap, read_map
-
-CARRIED = ("tokenizer*", "chat_template*", "special_tokens_map.json", "vocab*", "merges.txt", "spiece.model")
-ADAPTER_FILES = (*CARRIED, "generation_config.json")
-MODEL_FILES = (*CARRIED, "added_tokens.json", "generation_config.json")
-"""Files that go with a model; an adapter carries the tokenizer's alone (SGLang stumbles over added_tokens.json)."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +116,3 @@ def check_same(expected: Base, found: Base, folder: str | Path) -> str:
             f"{expected.weights_fingerprint[:12]}; give that model (and that revision)"
         )
     return f"{expected.id} {found.weights_fingerprint[:12]}"
-
-
-def copy_files(source: str | Path, target: str | Path, patterns: tuple[str, ...] = ADAPTER_FILES) -> None:
-    """Copy the files of these patterns that a folder has."""
-    for pattern in patterns:
-        for file in sorted(Path(source).glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, Path(target) / file.name)

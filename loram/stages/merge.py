@@ -16,7 +16,8 @@ from loram.merging import check_mergeable, merge_shards, merged_bytes, refuse_qu
 from loram.options import MergeOptions
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
-from loram.stages.lineage import check_same, copy_files, find_large, parent_of
+from loram.stages.carried import copy_files
+from loram.stages.lineage import check_same, find_large, parent_of
 
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 CONFIG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -14,7 +14,8 @@ from loram.progress import SILENT, Progress
 from loram.pruning_map import PruningMap, read_map
 from loram.renumbering import renumbered
 from loram.results import StageResult
-from loram.stages.lineage import check_digest, copy_files, moved, parent_of
+from loram.stages.carried import copy_files
+from loram.stages.lineage import check_digest, moved, parent_of
 
 
 @dataclass(frozen=True, kw_only=True)

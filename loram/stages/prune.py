@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from loram.artifact import Base, Draft, Manifest, check_output, drafting, read_manifest, write_json
 from loram.checkpoint import Checkpoint, describe_base, read_tensors
-from loram.cutting import Refitted, check_tensors, small_bytes, small_sources, stored_config, write_small
+from loram.cutting import Refitted, small_bytes, small_sources, stored_config, write_small
 from loram.data.calibration import calibration_windows, is_general
+from loram.declared import check_tensors
 from loram.errors import KindError
 from loram.families import Family, Geometry, family_of
 from loram.families.small import small_config
@@ -29,42 +29,14 @@ from loram.pruning_map import PruningMap
 from loram.quantization import STORAGES
 from loram.quantization.storage import bitsandbytes_functions
 from loram.quantization.writing import stored_bytes, write_stored
-from loram.results import StageResult
 from loram.sizes import parameters
+from loram.stages.carried import MODEL_FILES, copy_files
 from loram.stages.choosing import Pruning, choose
 from loram.stages.given import open_given
-from loram.stages.lineage import MODEL_FILES, copy_files
+from loram.stages.pruned import UNCALIBRATED, PruneResult
 from loram.stages.sparsify import Sparsifying, check_widths, removed, sparsify
 
-
-@dataclass(frozen=True, kw_only=True)
-class PruneResult(StageResult):
-    """The small model."""
-
-    large: int
-    small: int
-    widths: Widths
-    notes: tuple[str, ...] = ()
-    masked: str = ""
-    """What single weights were pruned by; then `small` counts those that stay."""
-
-    def to_json(self) -> dict[str, Any]:
-        """path, params.large, params.small."""
-        reduction = self.large / self.small
-        return super().to_json() | {
-            "params": {"large": self.large, "small": self.small, "reduction": reduction},
-            "notes": list(self.notes),
-        }
-
-    def summary(self) -> str:
-        """Counts, widths, and what a reader should mind."""
-        cut = min(self.widths.mlp), min(self.widths.kv_heads)
-        whole = max(self.widths.mlp), max(self.widths.kv_heads)
-        lines = [
-            f"{self.large:,} → {self.small:,} parameters ({self.large / self.small:.2f}×)",
-            self.masked or f"cut layers keep {cut[0]} of {whole[0]} channels and {cut[1]} of {whole[1]} kv heads",
-        ]
-        return "\n".join([*lines, *self.notes])
+__all__ = ["PruneResult", "prune"]
 
 
 def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
@@ -176,7 +148,7 @@ def calibration_notes(options: PruneOptions) -> list[str]:
     if options.by_weight and not needs_inputs(options):
         return ["--calibration was not read: nothing here looks at text"] if options.calibration else []
     if not options.calibration and not needs_inputs(options):
-        return ["no calibration text: nothing was refitted; add --calibration FILE with the text you will train on"]
+        return [UNCALIBRATED]
     if all(is_general(source) for source in options.calibration):
         return [
             "calibrated on general text only: the adapter will carry over much better with the text you will train on "

@@ -13,7 +13,8 @@ from typing import Any
 
 from loram.artifact import Draft, Manifest, check_output, drafting, read_manifest, write_json
 from loram.checkpoint import Checkpoint, describe_base
-from loram.cutting import check_tensors, is_decoder_linear, stored_config
+from loram.cutting import is_decoder_linear, stored_config
+from loram.declared import check_tensors
 from loram.errors import CheckpointError, InputError, KindError
 from loram.families import family_of, is_small_config
 from loram.hub.download import resolve_model
@@ -28,7 +29,8 @@ from loram.quantization.writing import Source, stored_bytes, write_stored
 from loram.quantize_options import QuantizeOptions
 from loram.results import StageResult
 from loram.shards import TensorPlan
-from loram.stages.lineage import MODEL_FILES, copy_files, moved, parent_of
+from loram.stages.carried import MODEL_FILES, copy_files
+from loram.stages.lineage import moved, parent_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ from loram.progress import SILENT, Progress
 from loram.pruning_map import PruningMap
 from loram.renumbering import renumbered
 from loram.results import StageResult
-from loram.stages.lineage import SmallSource, copy_files, moved, parent_of, small_source
+from loram.stages.carried import copy_files
+from loram.stages.lineage import SmallSource, moved, parent_of, small_source
 
 
 @dataclass(frozen=True, kw_only=True)

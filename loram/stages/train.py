@@ -23,7 +23,8 @@ from loram.progress import SILENT, Progress
 from loram.pruning_map import read_map
 from loram.quantization.loading import quantization_of
 from loram.results import StageResult
-from loram.stages.lineage import copy_files, moved, parent_of
+from loram.stages.carried import copy_files
+from loram.stages.lineage import moved, parent_of
 from loram.stages.resuming import earlier_result, identity_of, is_same_run, open_session, writing
 from loram.stages.watching import held_out, watch_of
 from loram.training.checkpoints import RUNNING, discard, set_aside

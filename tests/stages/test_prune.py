@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stock_models import GROUPED, LAYERS, MLP, VARIANTS, build, cut_by_hand, kv_heads, make, raw_config, tokens
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from loram.options import PruneOptions
 from loram.pruning.refit import DAMPING
 from loram.pruning_map import PruningMap, read_map
 from loram.stages.prune import prune
+from loram.stages.prune_random import prune as streamed
 
 WINDOWS = tokens(21, rows=6, length=24)
 
@@ -96,6 +99,49 @@ def test_the_manifest_says_what_was_done(stock: Callable[[str], Path], tmp_path:
     assert all(sha256_file(out / file) == digest for file, digest in manifest.files.items())
     assert result.to_json()["params"].keys() >= {"large", "small"}
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_random_units_without_torch_give_the_same_files(
+    name: str, stock: Callable[[str], Path], tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"method": "random", "ratio": "0.4", "seed": 5}
+    prune(options(stock(name), tmp_path / "general" / "small", **how))
+    streamed(options(stock(name), tmp_path / "streamed" / "small", **how))
+    found = {
+        place: {
+            file.name: file.read_bytes() for file in (tmp_path / place / "small").iterdir() if file.suffix != ".log"
+        }
+        for place in ("general", "streamed")
+    }
+    manifests = [json.loads(files.pop("loram.json")) for files in found.values()]
+    assert found["general"] == found["streamed"]
+    for manifest in manifests:
+        manifest["options"].pop("out")
+    assert manifests[0] == manifests[1]
+
+
+def test_a_nan_is_refused_without_torch_too(tmp_path: Path) -> None:
+    large = build("llama-gqa", tmp_path / "large")
+    tensors = load_file(large / "model.safetensors")
+    for value in (float("nan"), float("-inf")):
+        save_file(
+            tensors | {"model.norm.weight": torch.full_like(tensors["model.norm.weight"], value)},
+            large / "model.safetensors",
+        )
+        with pytest.raises(MismatchError, match=r"model.norm.weight holds NaN or Inf"):
+            streamed(options(large, tmp_path / "small", method="random"))
+        assert not list(tmp_path.glob("small*"))
+
+
+def test_random_units_are_cut_without_importing_torch(stock: Callable[[str], Path], tmp_path: Path) -> None:
+    line = ["prune", str(stock("llama-gqa")), "--method", "random", "--keep-first", "1", "--keep-last", "0"]
+    code = (
+        "import sys; from loram_cli.app import main; "
+        f"assert main({[*line, '-o', str(tmp_path / 'small')]!r}) == 0; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert read_map(tmp_path / "small").axes
 
 
 @pytest.mark.parametrize("how", [{"method": "random"}, {"score": "magnitude"}], ids=str)
