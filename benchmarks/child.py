@@ -5,10 +5,12 @@ At the end the child writes its own VmHWM, and what the job returned, to the fil
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -26,6 +28,16 @@ def loram(*arguments: str) -> Figures:
     if code:
         raise SystemExit(code)
     return {}
+
+
+def loram_json(*arguments: str) -> Figures:
+    """The same with --json: what it printed, and what it holds against the memory it was predicted to take."""
+    from benchmarks.memory import kept_figures
+
+    said = io.StringIO()
+    with redirect_stdout(said):
+        loram(*arguments, "--json", "--quiet")
+    return kept_figures(json.loads(said.getvalue()))
 
 
 def floor() -> Figures:
@@ -79,6 +91,7 @@ def step(who: str, model: str, steps: str, batch: str, length: str, scratch: str
 
 JOBS: dict[str, Callable[..., Figures]] = {
     "loram": loram,
+    "loram-json": loram_json,
     "floor": floor,
     "peft-merge": peft_merge,
     "make-base": make_base,

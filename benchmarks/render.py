@@ -54,9 +54,7 @@ def section(entry: dict[str, Any]) -> str:
         "|---|---:|---|",
         *(goal_row(goal, judged) for goal in entry["goals"]),
         "",
-        "| process | CPU s | wall s | peak MiB | runs |",
-        "|---|---:|---:|---:|---:|",
-        *(run_row(name, runs) for name, runs in entry["runs"].items()),
+        *run_table(entry["runs"]),
         "",
         f"`{where['command']}` on {where['date']}, commit `{where['commit']}`. {where['machine']}. {versions}.",
         "",
@@ -78,6 +76,21 @@ def verdict(goal: dict[str, Any], judged: bool) -> str:
     return limit if not judged else f"{limit}: {'met' if goal['met'] else '**missed**'}"
 
 
+def run_table(runs: dict[str, Any]) -> list[str]:
+    """What each process took; where a peak was predicted, the prediction beside it."""
+    if any("predicted_bytes" in run.get("figures", {}) for samples in runs.values() for run in samples):
+        head = ["| configuration | measured MiB | predicted MiB | error |", "|---|---:|---:|---:|"]
+        return head + [predicted_row(name, samples[0]) for name, samples in runs.items()]
+    head = ["| process | CPU s | wall s | peak MiB | runs |", "|---|---:|---:|---:|---:|"]
+    return head + [run_row(name, samples) for name, samples in runs.items()]
+
+
+def predicted_row(name: str, run: dict[str, Any]) -> str:
+    """A peak and its prediction."""
+    peak, predicted = run["peak"], run["figures"]["predicted_bytes"]
+    return f"| {name} | {peak / MIB:,.0f} | {predicted / MIB:,.0f} | {predicted / peak - 1:+.0%} |"
+
+
 def run_row(name: str, runs: list[dict[str, Any]]) -> str:
     """The medians of a contender."""
     cpu, wall, peak = (median(run[what] for run in runs) for what in ("cpu", "wall", "peak"))
@@ -86,7 +99,8 @@ def run_row(name: str, runs: list[dict[str, Any]]) -> str:
 
 def spell(value: float, unit: str, *, exact: bool = False) -> str:
     """A figure with its unit."""
-    number = f"{value:g}" if exact else f"{value:,.0f}" if unit == "MiB" else f"{value:.2f}"
+    whole = unit == "MiB" or (unit == "" and value == int(value) and value > 10)
+    number = f"{value:g}" if exact else f"{value:,.0f}" if whole else f"{value:.2f}"
     if not exact and 0 < abs(value) < 0.005:
         number = f"{value:.0e}"
     return f"{number} {unit}" if unit not in ("", "×") else number + unit

@@ -44,6 +44,8 @@ class Size:
     checkpoint: Shape
     trained: Shape
     stepped: Shape
+    narrow: Shape
+    wide: Shape
     rank: int
     rounds: int
     help_rounds: int
@@ -61,6 +63,8 @@ SIZES = {
         checkpoint=Shape(hidden=128, mlp=352, layers=4, heads=8, kv_heads=2, vocab=1000),
         trained=Shape(hidden=64, mlp=176, layers=4, heads=4, kv_heads=2, vocab=500),
         stepped=Shape(hidden=64, mlp=176, layers=4, heads=4, kv_heads=2, vocab=2000),
+        narrow=Shape(hidden=64, mlp=176, layers=4, heads=4, kv_heads=2, vocab=2000),
+        wide=Shape(hidden=128, mlp=352, layers=4, heads=4, kv_heads=2, vocab=2000),
         rank=4,
         rounds=1,
         help_rounds=2,
@@ -72,11 +76,14 @@ SIZES = {
         judged=False,
     ),
     # 1.1 billion parameters to merge and prune (the shape of TinyLlama), 125 million to train on; for the step beside
-    # the stock Trainer, four layers of SmolLM2-135M's shape under its vocabulary.
+    # the stock Trainer, four layers of SmolLM2-135M's shape under its vocabulary; 40 and 168 million whose memory is
+    # predicted.
     "full": Size(
         checkpoint=Shape(hidden=2048, mlp=5632, layers=22, heads=32, kv_heads=4, vocab=32000),
         trained=Shape(hidden=768, mlp=2048, layers=12, heads=12, kv_heads=4, vocab=32000),
         stepped=Shape(hidden=576, mlp=1536, layers=4, heads=9, kv_heads=3, vocab=49152),
+        narrow=Shape(hidden=512, mlp=1408, layers=8, heads=8, kv_heads=4, vocab=16000),
+        wide=Shape(hidden=1024, mlp=2816, layers=12, heads=16, kv_heads=4, vocab=16000),
         rank=16,
         rounds=3,
         help_rounds=15,

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from loram.errors import LoramError
+from loram.errors import LoramError, is_out_of_memory
 
 from .options import nearest_flag
 
@@ -38,14 +38,6 @@ def describe(error: BaseException) -> tuple[str, int]:
         return "the disk is full; free some space, or write elsewhere with -o", 3
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" + BUG, 1
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Python's or torch's (of any device); told by name and text, so that torch need not be imported."""
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in {kind.__name__ for kind in type(error).__mro__}:
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def usage_sentence(error: Any) -> str:

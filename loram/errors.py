@@ -5,7 +5,8 @@
     │   └── RecipeError            2   the same, found in a recipe file
     ├── OutputError                2   the output exists, or is one of the inputs
     ├── KindError                  2   a folder of the wrong kind: another stage comes first
-    ├── ResourceError              3   does not fit, out of memory, disk full
+    ├── ResourceError              3   does not fit, disk full
+    │   └── OutOfMemory            3   memory, of whichever device, ran out
     ├── InputError                 4   a damaged, missing or inconsistent input
     │   ├── CheckpointError        4   weights: truncated, missing, not safetensors
     │   ├── FamilyError            4   an architecture or config that loram cannot prune
@@ -58,6 +59,10 @@ class ResourceError(LoramError):
     exit_code = 3
 
 
+class OutOfMemory(ResourceError):
+    """Memory ran out, of the process or of a GPU."""
+
+
 class InputError(LoramError):
     """An input is damaged, missing or inconsistent."""
 
@@ -104,3 +109,18 @@ class Interrupted(LoramError):
     def __init__(self, what: str, command: str = "") -> None:
         super().__init__(f"{what}; go on with `{command}`" if command else what)
         self.what = what
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, torch's (of any device), or the kernel's own word for it.
+
+    Told by name and text, so that torch need not be imported.
+    """
+    if isinstance(error, MemoryError | OutOfMemory):
+        return True
+    if "OutOfMemoryError" in {kind.__name__ for kind in type(error).__mro__}:
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(
+        words in text for words in ("out of memory", "can't allocate memory", "cannot allocate memory")
+    )

@@ -1,4 +1,4 @@
-"""Bytes: how many this process has used at most, how many the disk has left, and how people write them."""
+"""Bytes: how many this process has used at most and may still take, how many the disk has, how people write them."""
 
 from __future__ import annotations
 
@@ -11,29 +11,65 @@ from pathlib import Path
 
 from loram.errors import OptionError, ResourceError
 
+STATUS = Path("/proc/self/status")
+UNLIMITED = 2**60
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def peak_bytes() -> int:
     """The process's peak resident memory (VmHWM), file pages included."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        match = re.search(r"VmHWM:\s+(\d+) kB", status)
-        if match:
-            return int(match[1]) * 1024
-    except OSError:
-        pass
+    told = _kibibytes(STATUS, "VmHWM")
+    if told is not None:
+        return told
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def available_bytes() -> int:
-    """Memory that new work may take without swapping, as the kernel reckons; a huge number where it does not say."""
+    """Memory that new work may take: the least of what the kernel has to give without swapping, what the process's
+    control group leaves, and what its own limits leave; a huge number where nothing says."""
+    kernel = _kibibytes(Path("/proc/meminfo"), "MemAvailable")
+    return min(UNLIMITED if kernel is None else kernel, _group_leaves(Path("/sys/fs/cgroup")), _limits_leave())
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory now (VmRSS); 0 where the kernel does not say."""
+    return _kibibytes(STATUS, "VmRSS") or 0
+
+
+def _kibibytes(file: Path, field: str) -> int | None:
+    """A field of a file in /proc, in bytes; None where it is not there."""
     try:
-        match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
+        match = re.search(rf"^{field}:\s+(\d+) kB", file.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
-        match = None
-    return int(match[1]) * 1024 if match else 2**60
+        return None
+    return int(match[1]) * 1024 if match else None
+
+
+def _limits_leave() -> int:
+    """What `ulimit -v` and `ulimit -d` leave of address space and of data."""
+    left = UNLIMITED
+    for limit, field in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        most, used = resource.getrlimit(limit)[0], _kibibytes(STATUS, field)
+        if most != resource.RLIM_INFINITY and used is not None:
+            left = min(left, max(0, most - used))
+    return left
+
+
+def _group_leaves(root: Path) -> int:
+    """What the control group leaves (cgroup v2, then v1); page cache that can be dropped counts as free."""
+    for folder, most, used, cache in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit, held, stat = ((folder / name).read_text(encoding="ascii") for name in (most, used, "memory.stat"))
+        except OSError:
+            continue
+        match = re.search(rf"^{cache} (\d+)$", stat, re.MULTILINE)
+        if limit.strip().isdigit():
+            return max(0, int(limit) - int(held) + (int(match[1]) if match else 0))
+    return UNLIMITED
 
 
 def parse_bytes(text: str) -> int:

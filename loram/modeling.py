@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from loram.artifact import read_json
 from loram.checkpoint import BY_FLAG, find_shards
-from loram.errors import CheckpointError, DataError, FamilyError
+from loram.errors import CheckpointError, DataError, FamilyError, is_out_of_memory
 from loram.families import FAMILIES, Family, family_of, is_small_config
 from loram.families.small import WIDTHS_KEY
 from loram.families.widths import Widths
@@ -131,9 +131,9 @@ def load_model(path: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> PreTr
     hf_logging.disable_progress_bar()  # loram draws its own
     try:
         model: PreTrainedModel = loader.from_pretrained(str(path), **kwargs)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise loading_error(path, error) from error
     finally:
         if bars:

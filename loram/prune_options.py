@@ -115,6 +115,8 @@ class PlanOptions(CutOptions):
     max_length: int = option(512, "Tokens in a row.", flags=("--max-seq-length",))
     checkpointing: bool = option(True, "Plan with activation checkpointing.", flags=("--gradient-checkpointing",))
     dtype: str = option("bf16", "Dtype that training computes in.", choices=DTYPES)
+    optimizer: str = option("adamw_torch", "Optimizer, by its transformers name.", flags=("--optim",))
+    device: str = option("cuda", "Where training is to run.", choices=("cuda", "cpu"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,6 +45,9 @@ LAYERS: list[set[str]] = [
         "modeling",
         "quantization",
         "sizes",
+        "activations",
+        "memory_model",
+        "advice",
         "adapter",
         "renumbering",
         "device",
@@ -78,6 +81,9 @@ SIBLINGS = {
     "train_options": {"errors", "option_fields", "data_options"},
     "families": {"errors"},
     "memory": {"errors"},
+    "activations": {"sizes"},
+    "memory_model": {"sizes", "activations"},
+    "advice": {"activations", "memory_model"},
     "stored": {"artifact"},
     "checkpoint": {"stored"},
     "declared": {"stored"},
@@ -104,6 +110,7 @@ NO_TORCH = {
     ),
     *("results", "version"),
     *("artifact", "recipe", "numbering", "drawing", "declared", "portability"),
+    *("memory", "sizes", "activations", "memory_model", "advice"),
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "lm_eval", "flwr", "matplotlib"}
 

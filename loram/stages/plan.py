@@ -7,29 +7,29 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from loram.activations import Workload
+from loram.advice import Change, Training, cheapest
 from loram.artifact import read_json
 from loram.errors import FamilyError, InputError, OptionError
 from loram.families import family_of, is_small_config
 from loram.families.widths import Cut, Widths, describe_uncut, parse_ratio
 from loram.hub.download import resolve_model
 from loram.memory import format_bytes, parse_bytes
-from loram.options import PlanOptions
-from loram.progress import SILENT, Progress
-from loram.results import StageResult
-from loram.sizes import (
-    Counts,
+from loram.memory_model import (
+    HARDWARE,
     MemoryPlan,
-    TrainingShape,
+    Model,
     calibrated_memory,
-    count,
-    paper_bytes,
     recovery_memory,
     streaming_memory,
     training_memory,
-    weight_bytes,
 )
+from loram.options import PlanOptions
+from loram.progress import SILENT, Progress
+from loram.results import StageResult
+from loram.sizes import Counts, count, paper_bytes, weight_bytes
 
-BYTES_PER_VALUE = {"bf16": 2, "fp16": 2, "fp32": 4}
+BAR = 24
 STEPS = tuple(Fraction(n, 20) for n in range(1, 20))
 """Ratios that `--memory` tries: 0.05, 0.10 … 0.95."""
 
@@ -61,6 +61,7 @@ class PlanResult(StageResult):
     memory: int | None = None
     choice: Choice | None = None
     tried: tuple[Choice, ...] = ()
+    changes: tuple[Change, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -71,7 +72,11 @@ class PlanResult(StageResult):
     @property
     def fits(self) -> bool | None:
         """Whether training at the options asked for fits into --memory (None without it)."""
-        return None if self.memory is None else self.peaks["train"].total <= self.memory
+        return self.fitting("train")
+
+    def fitting(self, stage: str) -> bool | None:
+        """The same of any stage."""
+        return None if self.memory is None else self.peaks[stage].total <= self.memory
 
     def to_json(self) -> dict[str, Any]:
         """params.*, bytes.*, peak_bytes.*, fits, and what they are made of."""
@@ -90,9 +95,14 @@ class PlanResult(StageResult):
             },
             "peak_bytes": {name: plan.total for name, plan in self.peaks.items()},
             "train_parts": self.peaks["train"].parts,
+            "stages": {
+                name: {"peak_bytes": plan.total, "parts": plan.parts, "fits": self.fitting(name)}
+                for name, plan in self.peaks.items()
+            },
             "disk_bytes": self.disk,
             "fits": self.fits,
             "suggestion": None if self.choice is None else vars(self.choice),
+            "changes": [vars(change) for change in self.changes],
             "notes": list(self.notes),
         }
 
@@ -103,25 +113,40 @@ class PlanResult(StageResult):
             f"parameters   {self.large.total:>16,} → {self.small.total:,}",
             f"weights      {format_bytes(weight_bytes(self.large)):>16} → {format_bytes(self.bytes_small)}"
             f"   {body['bytes']['reduction']:.2f}× in true bytes, {body['params']['reduction']:.2f}× as in the paper",
-            "peak memory  " + "   ".join(f"{name} {format_bytes(p.total)}" for name, p in self.peaks.items()),
-            "training     " + "   ".join(f"{k} {format_bytes(v)}" for k, v in self.peaks["train"].parts.items()),
             "disk         " + "   ".join(f"{name} {format_bytes(size)}" for name, size in self.disk.items()),
+            "peak memory  predicted, by stage",
+            *(self.stage_line(name) for name in self.peaks),
         ]
         if self.memory is not None:
             lines.append(f"memory       {format_bytes(self.memory)}: {'fits' if self.fits else 'does not fit'}")
+            lines += [f"  {change}" for change in self.changes]
             lines += [self._line(choice) for choice in self.tried]
             if self.choice is None:
                 lines.append("no cut fits: lower --max-length or --batch, or give more memory")
         return "\n".join([*lines, *self.notes])
 
+    def stage_line(self, name: str) -> str:
+        """A stage's bar, its peak, whether it fits, and its largest parts."""
+        plan, most = self.peaks[name], max(peak.total for peak in self.peaks.values())
+        fits = {None: "", True: "fits", False: "does not fit"}[self.fitting(name)]
+        parts = sorted(plan.parts.items(), key=lambda part: -part[1])
+        spelled = ", ".join(f"{part} {format_bytes(size)}" for part, size in parts if size > plan.total / 100)
+        return f"  {name:<8} {bar(plan.total / most):<{BAR}} {format_bytes(plan.total):>10}  {fits}  {spelled}".rstrip()
+
     def _line(self, choice: Choice) -> str:
         assert self.memory is not None
         fits = choice.train_bytes <= self.memory
-        bar = "█" * min(40, max(1, round(40 * choice.train_bytes / max(t.train_bytes for t in self.tried))))
+        share = choice.train_bytes / max(tried.train_bytes for tried in self.tried)
         mark = "  ← suggested" if choice == self.choice else ""
         return (
-            f"  {choice.flags():<28} {bar:<40} {format_bytes(choice.train_bytes):>10}  {'yes' if fits else 'no'}{mark}"
+            f"  {choice.flags():<28} {bar(share):<{BAR}} {format_bytes(choice.train_bytes):>10}  "
+            f"{'yes' if fits else 'no'}{mark}"
         )
+
+
+def bar(share: float) -> str:
+    """A bar of blocks, one at least."""
+    return "█" * min(BAR, max(1, round(BAR * share)))
 
 
 def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
@@ -130,48 +155,45 @@ def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
     family = family_of(config)
     geometry = family.geometry(config)
     widths = widths_at(options, config, parse_ratio(options.ratio))
-    shape = training_shape(options)
+    hardware, work = HARDWARE[options.device], workload(options)
+    small_model = Model(config, widths, options.quantize)
     large, small = count(config), count(config, widths)
     memory = None if options.memory is None else parse_bytes(options.memory)
     tried, choice = choices(options, config, memory) if memory is not None else ((), None)
-    next((c for c in tried if memory is not None and c.quantize == "none" and c.train_bytes <= memory), None)
+    peaks = {
+        "prune": prune_memory(options, config),
+        "align": training_memory(Model(config, widths), replace(work, rank=0), hardware),
+        "train": training_memory(small_model, work, hardware),
+        "recover": recovery_memory(config, options.rank, options.targets),
+        "merge": streaming_memory(),
+    }
+    unfit = memory is not None and peaks["train"].total > memory
     return PlanResult(
         large=large,
         small=small,
         quantize=options.quantize,
-        peaks={
-            "prune": prune_memory(options, config),
-            "align": training_memory(config, widths, replace(shape, rank=0), "none"),
-            "train": training_memory(config, widths, shape, options.quantize),
-            "recover": recovery_memory(config, options.rank, options.targets),
-            "merge": streaming_memory(config),
-        },
+        peaks=peaks,
         disk={"small": weight_bytes(small), "merge": weight_bytes(large)},
         memory=memory,
         choice=choice,
         tried=tried,
-        notes=(*describe_uncut(geometry.kv_heads, geometry.mlp, widths), *bits_note(options, choice)),
-        next_command=next_command(options, memory, tried),
+        changes=cheapest(Training(small_model, work, hardware), memory) if unfit else (),
+        notes=tuple(describe_uncut(geometry.kv_heads, geometry.mlp, widths)),
+        next_command=next_command(options, memory, choice),
     )
 
 
-def next_command(options: PlanOptions, memory: int | None, tried: tuple[Choice, ...]) -> str:
-    """What this version can do next: it trains in 16 bit."""
+def next_command(options: PlanOptions, memory: int | None, choice: Choice | None) -> str:
+    """What to type for the choice that fits, or for what was asked for."""
     if memory is None:
-        return f"loram prune {options.model} --ratio {options.ratio} -o SMALL"
-    fitting = next((c for c in tried if c.quantize == "none" and c.train_bytes <= memory), None)
-    if fitting is None:
+        choice = Choice(options.ratio, options.quantize, 0)
+    if choice is None:
         return ""
-    if fitting.ratio is None:
-        return f"loram train {options.model} --data FILE -o ADAPTER"
-    return f"loram prune {options.model} --ratio {fitting.ratio} -o SMALL"
-
-
-def bits_note(options: PlanOptions, choice: Choice | None) -> list[str]:
-    """What stands between a plan in few bits and training it."""
-    if options.quantize == "none" and (choice is None or choice.quantize == "none"):
-        return []
-    return ["4 and 8 bit are reckoned here, but this version of loram trains in 16 bit: `quantize` is still to come"]
+    if choice.ratio is not None:
+        return f"loram prune {options.model} {choice.flags()} -o SMALL"
+    if choice.quantize != "none":
+        return f"loram quantize {options.model} --type {choice.quantize} -o SMALL"
+    return f"loram train {options.model} --data FILE -o ADAPTER"
 
 
 def read_model_config(model: str) -> dict[str, Any]:
@@ -193,34 +215,35 @@ def widths_at(options: PlanOptions, config: dict[str, Any], ratio: Fraction) -> 
     return cut.widths(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.mlp)
 
 
-def training_shape(options: PlanOptions) -> TrainingShape:
-    """What a step looks like."""
-    return TrainingShape(
+def workload(options: PlanOptions) -> Workload:
+    """What a step looks like: full rows, none of them padded."""
+    return Workload(
         batch=options.batch,
         length=options.max_length,
         rank=options.rank,
         targets=options.targets,
+        dtype=options.dtype,
         checkpointing=options.checkpointing,
-        bytes_per_value=BYTES_PER_VALUE[options.dtype],
+        optimizer=options.optimizer,
     )
 
 
 def prune_memory(options: PlanOptions, config: dict[str, Any]) -> MemoryPlan:
     """Peak of prune: a few tiles when it streams, a block when it calibrates, the model for Taylor."""
     if options.method == "random" or options.score == "magnitude":
-        return streaming_memory(config)
+        return streaming_memory()
     return calibrated_memory(config, options.samples, options.length, gradients=options.score == "taylor")
 
 
 def choices(options: PlanOptions, config: dict[str, Any], memory: int) -> tuple[tuple[Choice, ...], Choice | None]:
     """What was tried, mildest first, and the mildest that fits. Bits before cuts: NF4 alone agrees far better
     with the large model than any cut of the same size (measured: gradient cosine .81 against .54)."""
-    shape = training_shape(options)
+    work, hardware = workload(options), HARDWARE[options.device]
 
     def choice(ratio: Fraction | None, quantize: str) -> Choice:
         widths = None if ratio is None else widths_at(options, config, ratio)
         spelled = None if ratio is None else f"{float(ratio):g}"
-        return Choice(spelled, quantize, training_memory(config, widths, shape, quantize).total)
+        return Choice(spelled, quantize, training_memory(Model(config, widths, quantize), work, hardware).total)
 
     tried = [choice(None, "none"), choice(None, "nf4")]
     for quantize in ("nf4", "none"):

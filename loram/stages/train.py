@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loram.advice import Training
 from loram.artifact import Draft, Manifest, check_output, read_manifest, relative_location
 from loram.checkpoint import describe_base, read_config
 from loram.data.encoding import EncodedRow, encode, within_context
@@ -24,6 +25,7 @@ from loram.pruning_map import read_map
 from loram.quantization.loading import quantization_of
 from loram.results import StageResult
 from loram.stages.carried import copy_files
+from loram.stages.fitting import advised, memory_plan, predicted, training_of, warn
 from loram.stages.lineage import moved, parent_of
 from loram.stages.resuming import earlier_result, identity_of, is_same_run, open_session, writing
 from loram.stages.watching import held_out, watch_of
@@ -42,10 +44,13 @@ class TrainResult(StageResult):
 
     data: DataSummary
     run: TrainingRun | None = None
+    training: Training | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """`path`, `steps`, `loss.first`, `loss.last`, `tokens_per_second`, `peak_bytes`, `data`."""
+        """`path`, `steps`, `loss.first`, `loss.last`, `tokens_per_second`, `peak_bytes`, `predicted_bytes`, `data`."""
         body = super().to_json() | {"data": self.data.to_json()}
+        if self.training is not None:
+            body |= {"predicted_bytes": predicted(self.training), "predicted_parts": memory_plan(self.training).parts}
         if self.run is None:
             return body
         return body | {
@@ -60,11 +65,17 @@ class TrainResult(StageResult):
     def summary(self) -> str:
         """What came of it; what was trained on has been said before."""
         if self.run is None:
-            return f"{self.data}\nnothing was trained (--dry-run)"
+            peak = f"; peak memory would be {self.predicted()}" if self.training else ""
+            return f"{self.data}\nnothing was trained (--dry-run){peak}"
         return (
             f"{self.run.steps} steps: training loss {self.run.loss_first:.3f} → {self.run.loss_last:.3f}, "
             f"{self.run.tokens_per_second:,.0f} tokens/s, peak {format_bytes(self.run.peak_bytes)}"
+            + (f" ({self.predicted()} predicted)" if self.training else "")
         )
+
+    def predicted(self) -> str:
+        """The predicted peak, in words."""
+        return format_bytes(predicted(self.training)) if self.training else ""
 
 
 def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
@@ -83,8 +94,10 @@ def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
     logger.info("%s", summary)
     rows, held = held_out(options, rows, tokenizer, length)
     watch = watch_of(options, held, folder, small)
+    training = training_of(options, folder, small, rows)
+    warn(training)
     if options.dry_run:
-        return TrainResult(data=summary)
+        return TrainResult(data=summary, training=training)
     now = identity_of(options, [*rows, *held], folder)
     command = f"loram verify {out}" if small is None else f"loram recover {out} -o {out}-large"
     if earlier is not None and is_same_run(earlier, now):
@@ -96,7 +109,8 @@ def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
         session = open_session(options, out, now, stop, watch)
         with writing(options, out) as draft:
             draft.manifest = replace(manifest_of(options, folder, small, out), training=now)
-            run = train_into(draft, folder, rows, options, session, progress)
+            with advised(training):
+                run = train_into(draft, folder, rows, options, session, progress)
             if is_writer():
                 copy_files(folder, draft.path)
                 if small is not None:
@@ -104,7 +118,7 @@ def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
                 set_aside(draft.path, out)
     if is_writer():
         discard(out)
-    return TrainResult(path=out, next_command=command, data=summary, run=run)
+    return TrainResult(path=out, next_command=command, data=summary, run=run, training=training)
 
 
 def trainable(model: str) -> tuple[Path, Manifest | None]:

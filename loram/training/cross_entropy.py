@@ -14,15 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from loram.activations import chunk_rows as chunk_rows
 from loram.data.collate import IGNORED
 
-CHUNK_BYTES = 2**26  # fp32 logits that exist at a time
 PASSED = ("attention_mask", "position_ids")
-
-
-def chunk_rows(vocabulary: int) -> int:
-    """Positions whose logits exist at a time."""
-    return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:

@@ -26,7 +26,7 @@ from loram.data.encoding import EncodedRow
 from loram.data.isolation import refuse_leaks
 from loram.data.packing import packed
 from loram.device import peak_bytes, refuse_without_compiler, reset_peak, resolve_dtype
-from loram.errors import Interrupted, OptionError, ResourceError
+from loram.errors import Interrupted, OptionError, OutOfMemory, is_out_of_memory
 from loram.option_fields import command_line
 from loram.options import TrainOptions
 from loram.progress import SILENT, Progress
@@ -130,11 +130,10 @@ def train(
             trainer.train(resume_from_checkpoint=str(session.start.folder) if session.start else None)
     except ImportError as error:
         raise missing_library(options.optimizer, error) from error
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"out of GPU memory at step {len(report.losses) + 1} with --batch {options.batch} and --max-length "
-            f"{options.max_length}; lower --batch (and raise --accumulate), or add --checkpointing"
-        ) from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory at step {len(report.losses) + 1}") from error
 
 
 def missing_library(optimizer: str, error: ImportError) -> OptionError:

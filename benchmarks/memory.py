@@ -1,0 +1,154 @@
+"""Predicted against measured peak memory of `loram train`, over many configurations, each in a process of its own.
+
+The measured figure is the process's VmHWM as `benchmarks.child` reads it when the command has ended; the prediction is
+what the command printed. On a GPU `loram train` measures torch's own count instead, and that is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import ROOT, Sample, job, run, say
+
+STEPS = 3
+TOKENIZER = ROOT / "tests" / "fixtures" / "tiny-llama-kjv"
+TEXT = ROOT / "loram" / "data" / "builtin.txt"
+CUT = ("--method", "random", "--keep-first", "1", "--keep-last", "1", "--quiet")
+SMOLLM2 = "SmolLM2-135M"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is trained, and how; `model` is a field of `Size`, or SmolLM2-135M from the user's cache."""
+
+    model: str
+    batch: int
+    length: int
+    dtype: str = "fp32"
+    checkpointing: bool = False
+    ratio: str | None = None
+    quantize: str = "none"
+    more: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The configuration in a cell of a table."""
+        words = [self.model, f"{self.batch}×{self.length}", self.dtype]
+        words += ["checkpointing"] * self.checkpointing + ([f"ratio {self.ratio}"] if self.ratio else [])
+        words += [self.quantize] * (self.quantize != "none") + [" ".join(self.more).replace("--", "")] * bool(self.more)
+        return ", ".join(words)
+
+    def flags(self) -> list[str]:
+        """The options of `loram train`."""
+        flags = ["--batch", str(self.batch), "--max-length", str(self.length), "--dtype", self.dtype, *self.more]
+        return flags + ["--checkpointing"] * self.checkpointing
+
+
+def configurations(size: str) -> list[Configuration]:
+    """All of them; two at the toy size."""
+    made = Configuration
+    if size == "tiny":
+        return [made("narrow", 2, 32), made("narrow", 2, 32, checkpointing=True)]
+    return [
+        *(made("narrow", batch, length) for batch, length in ((1, 128), (4, 128), (8, 256), (2, 1024))),
+        *(made("narrow", batch, length, checkpointing=True) for batch, length in ((4, 128), (8, 256), (16, 512))),
+        *(made("narrow", 4, 256, more=("--dropout", "0"), checkpointing=again) for again in (False, True)),
+        made("narrow", 4, 256, more=("--rank", "64")),
+        made("narrow", 4, 256, more=("--lora-fa",)),
+        made("narrow", 4, 256, more=("--packing",)),
+        made("narrow", 2, 128, "bf16"),
+        made("narrow", 2, 128, "bf16", checkpointing=True),
+        *(made("wide", batch, length) for batch, length in ((1, 128), (2, 256))),
+        *(made("wide", batch, length, checkpointing=True) for batch, length in ((2, 256), (8, 256))),
+        *(made("wide", 2, 256, ratio=ratio) for ratio in ("0.5", "0.75")),
+        made("wide", 2, 256, ratio="0.5", checkpointing=True),
+        *(made("wide", 2, 256, quantize="nf4", checkpointing=again) for again in (False, True)),
+        made("wide", 2, 256, ratio="0.5", quantize="nf4"),
+        made("wide", 1, 64, "bf16", ratio="0.5", quantize="nf4"),
+        *(made(SMOLLM2, 2, 256, checkpointing=again) for again in (False, True)),
+        made(SMOLLM2, 2, 256, ratio="0.5"),
+        made(SMOLLM2, 2, 256, quantize="nf4", checkpointing=True),
+    ]
+
+
+class Models:
+    """The models that are trained on, each made when it is first asked for."""
+
+    def __init__(self, size: str, folder: Path) -> None:
+        self.size = size
+        self.folder = folder
+
+    def get(self, wanted: Configuration) -> Path | None:
+        """The folder to train on; None where SmolLM2 is not in the cache."""
+        place = self.base(wanted.model)
+        if place is None:
+            return None
+        if wanted.ratio:
+            cut = ("prune", place, *CUT, "--ratio", wanted.ratio)
+            place = self.made(f"{wanted.model}-{wanted.ratio}", *cut)
+        if wanted.quantize != "none":
+            command = ("quantize", place, "--type", wanted.quantize, "--quiet")
+            place = self.made(f"{wanted.model}-{wanted.ratio}-{wanted.quantize}", *command)
+        return place
+
+    def base(self, name: str) -> Path | None:
+        """A random model with the tokenizer of the tests' tiny one, or SmolLM2."""
+        if name == SMOLLM2:
+            cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+            found = Path(cache) / "loram" / "models" / "SmolLM2-135M-Instruct"
+            return found if found.is_dir() else None
+        place = self.folder / name
+        if not place.is_dir():
+            run(job("make-base", self.size, name, place), self.folder)
+            for file in TOKENIZER.glob("tokenizer*"):
+                shutil.copyfile(file, place / file.name)
+        return place
+
+    def made(self, name: str, *command: object) -> Path:
+        """What a command of loram's writes."""
+        place = self.folder / name
+        if not place.is_dir():
+            run(job("loram", *command, "-o", place), self.folder)
+        return place
+
+
+def write_rows(folder: Path, count: int = 64) -> Path:
+    """Rows of text that are all longer than any --max-length here (about four characters a token at most)."""
+    text = " ".join(TEXT.read_text(encoding="utf-8").split())
+    file = folder / "rows.jsonl"
+    size = 12_000
+    rows = [text[start : start + size] for start in range(0, 97 * count, 97)]
+    assert all(len(row) == size for row in rows)
+    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def measured(size: str, folder: Path) -> Iterator[tuple[Configuration, Sample]]:
+    """Every configuration that can be trained here, one process each."""
+    models, rows = Models(size, folder), write_rows(folder)
+    for wanted in configurations(size):
+        model, out = models.get(wanted), folder / "adapter"
+        if model is None:
+            say(f"  {wanted}: left out, the model is not in the cache")
+            continue
+        command = ["train", model, "--data", rows, "-o", out, "--steps", STEPS, "--save-every", 0, *wanted.flags()]
+        sample = run(job("loram-json", *command), folder)
+        shutil.rmtree(out)
+        error = sample.figures["predicted_bytes"] / sample.peak - 1
+        say(f"  {wanted}: {sample.peak / 2**20:.0f} MiB, predicted {error:+.1%}, {sample.wall:.0f} s")
+        yield wanted, sample
+
+
+def error_of(sample: Sample) -> float:
+    """Predicted over measured, less one: below zero where too little was predicted."""
+    return float(sample.figures["predicted_bytes"] / sample.peak - 1)
+
+
+def kept_figures(body: dict[str, Any]) -> dict[str, Any]:
+    """Of what `loram train --json` printed, what the comparison needs."""
+    return {name: body[name] for name in ("predicted_bytes", "predicted_parts", "peak_bytes")}
