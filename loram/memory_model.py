@@ -49,6 +49,8 @@ CUDA = Hardware("cuda", 600 * MIB, 240 * MIB, 1, 0.06, tears=False, maps_files=F
 HARDWARE = {"cpu": CPU, "cuda": CUDA}
 TILE = 160 * MIB
 """Buffers of the streaming stages: a tile, its fp32 copy and the product."""
+HIDDEN_MEMORY, ROWS = 2 * 2**30, 4
+"""Of `loram.blockwise`: hidden states that outgrow this go to a file; windows that pass a block at a time."""
 OUTSIDE = ("runtime", "allocator")
 """Parts that torch's own count of allocated GPU memory does not see."""
 
@@ -151,23 +153,28 @@ def streaming_memory() -> MemoryPlan:
     return MemoryPlan({"runtime": CPU.streaming, "tiles": TILE})
 
 
-def calibrated_memory(config: Mapping[str, Any], samples: int, length: int, *, gradients: bool) -> MemoryPlan:
-    """Calibrated pruning: one block, its second moments, all windows' hidden states; Taylor: model and gradients."""
+def calibrated_memory(
+    config: Mapping[str, Any], samples: int, length: int, *, gradients: bool = False, hessians: bool = False
+) -> MemoryPlan:
+    """Calibrated pruning, block after block in fp32 (`loram.blockwise`): estimated, not compared with measurements.
+
+    `gradients` (Taylor): those of the block, and the inputs of all blocks. `hessians` (SparseGPT): one of every input.
+    """
     geometry = family_of(config).geometry(config)
-    counts = count(config)
-    block = counts.linear // geometry.layers
+    block = count(config).linear // geometry.layers * 4
     queries = geometry.heads * geometry.head_dim
+    moments = geometry.mlp**2 + queries**2 + (2 * geometry.hidden**2 if hessians else 0)
+    states = samples * length * geometry.hidden * 4
+    copies = geometry.layers + 1 if gradients else 2
     parts = {
         "runtime": CPU.training,
-        "embedding": geometry.vocab * geometry.hidden * 4,  # fp32 wherever bf16 is emulated
-        "block": block * 4,
-        "second moments": (geometry.mlp**2 + queries**2) * 4 + geometry.mlp**2 * 16,
-        "hidden states": samples * length * geometry.hidden * 4 * 2,
-        "activations": 4 * length * (geometry.mlp * 3 + geometry.hidden * 4) * 4,
+        "block": block * (2 if gradients else 1),
+        "second moments": moments * 4 + geometry.mlp**2 * 16,  # solving takes the largest one in fp64, twice
+        "hidden states": copies * states if copies * states <= HIDDEN_MEMORY else 0,  # else they are in a file
+        "activations": ROWS * length * (geometry.mlp * 3 + geometry.hidden * 4) * 4 * (2 if gradients else 1),
     }
     if gradients:
-        parts["model and gradients"] = (counts.total + counts.linear) * 4
-        parts["logits"] = length * geometry.vocab * 12
+        parts["head"] = geometry.vocab * geometry.hidden * 4
     return MemoryPlan(parts)
 
 

@@ -30,6 +30,10 @@ from loram.results import StageResult
 from loram.sizes import Counts, count, paper_bytes, weight_bytes
 
 BAR = 24
+DENSE = (
+    "single weights are pruned: their zeros are stored, so bytes and memory are those of the large model; the masks of "
+    "masked training are not counted"
+)
 STEPS = tuple(Fraction(n, 20) for n in range(1, 20))
 """Ratios that `--memory` tries: 0.05, 0.10 … 0.95."""
 
@@ -60,6 +64,7 @@ class PlanResult(StageResult):
     disk: dict[str, int]
     memory: int | None = None
     choice: Choice | None = None
+    nonzero: int | None = None
     tried: tuple[Choice, ...] = ()
     changes: tuple[Change, ...] = ()
     notes: tuple[str, ...] = field(default=())
@@ -68,6 +73,11 @@ class PlanResult(StageResult):
     def bytes_small(self) -> int:
         """True bytes of the small model."""
         return weight_bytes(self.small, self.quantize)
+
+    @property
+    def kept(self) -> int:
+        """Parameters that are left: zeros that are stored do not count."""
+        return self.small.total if self.nonzero is None else self.nonzero
 
     @property
     def fits(self) -> bool | None:
@@ -84,8 +94,8 @@ class PlanResult(StageResult):
         return {
             "params": {
                 "large": large.total,
-                "small": small.total,
-                "reduction": paper_bytes(large) / paper_bytes(small, quantize),
+                "small": self.kept,
+                "reduction": paper_bytes(large) / paper_bytes(Counts(self.kept, 0), quantize),
             },
             "bytes": {
                 "large": weight_bytes(large),
@@ -110,7 +120,7 @@ class PlanResult(StageResult):
         """A small table for people."""
         body = self.to_json()
         lines = [
-            f"parameters   {self.large.total:>16,} → {self.small.total:,}",
+            f"parameters   {self.large.total:>16,} → {self.kept:,}",
             f"weights      {format_bytes(weight_bytes(self.large)):>16} → {format_bytes(self.bytes_small)}"
             f"   {body['bytes']['reduction']:.2f}× in true bytes, {body['params']['reduction']:.2f}× as in the paper",
             "disk         " + "   ".join(f"{name} {format_bytes(size)}" for name, size in self.disk.items()),
@@ -154,7 +164,7 @@ def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
     config = read_model_config(options.model)
     family = family_of(config)
     geometry = family.geometry(config)
-    widths = widths_at(options, config, parse_ratio(options.ratio))
+    widths = None if options.by_weight else widths_at(options, config, parse_ratio(options.ratio))
     hardware, work = HARDWARE[options.device], workload(options)
     small_model = Model(config, widths, options.quantize)
     large, small = count(config), count(config, widths)
@@ -178,13 +188,17 @@ def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
         choice=choice,
         tried=tried,
         changes=cheapest(Training(small_model, work, hardware), memory) if unfit else (),
-        notes=tuple(describe_uncut(geometry.kv_heads, geometry.mlp, widths)),
+        nonzero=large.total - options.sparsity.removed(large.linear) if options.sparsity else None,
+        notes=(DENSE,) if widths is None else tuple(describe_uncut(geometry.kv_heads, geometry.mlp, widths)),
         next_command=next_command(options, memory, choice),
     )
 
 
 def next_command(options: PlanOptions, memory: int | None, choice: Choice | None) -> str:
     """What to type for the choice that fits, or for what was asked for."""
+    if memory is None and options.by_weight:
+        pattern = "" if options.pattern is None else f" --pattern {options.pattern}"
+        return f"loram prune {options.model} --method {options.method}{pattern} -o SMALL"
     if memory is None:
         choice = Choice(options.ratio, options.quantize, 0)
     if choice is None:
@@ -229,10 +243,16 @@ def workload(options: PlanOptions) -> Workload:
 
 
 def prune_memory(options: PlanOptions, config: dict[str, Any]) -> MemoryPlan:
-    """Peak of prune: a few tiles when it streams, a block when it calibrates, the model for Taylor."""
-    if options.method == "random" or options.score == "magnitude":
+    """Peak of prune: a few tiles when it streams, a block with what is known of its inputs when it calibrates."""
+    if options.method in ("random", "given") or options.score == "magnitude":
         return streaming_memory()
-    return calibrated_memory(config, options.samples, options.length, gradients=options.score == "taylor")
+    return calibrated_memory(
+        config,
+        options.samples,
+        options.length,
+        gradients=options.score == "taylor",
+        hessians=options.score == "sparsegpt",
+    )
 
 
 def choices(options: PlanOptions, config: dict[str, Any], memory: int) -> tuple[tuple[Choice, ...], Choice | None]:

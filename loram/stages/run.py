@@ -65,9 +65,15 @@ class RunResult(StageResult):
             elif stage.get("skipped"):
                 lines.append(f"{stage['name']:<8} skipped: done before with the same options and inputs")
             else:
-                memory = format_bytes(stage.get("peak_bytes", 0))
-                lines.append(f"{stage['name']:<8} {stage.get('seconds', 0):6.1f} s   {memory:>10}")
+                lines.append(f"{stage['name']:<8} {stage.get('seconds', 0):6.1f} s   {memory_of(stage)}")
         return "\n".join([*lines, *([self.ladder.verdict()] if self.ladder is not None else [])])
+
+
+def memory_of(stage: dict[str, Any]) -> str:
+    """A stage's measured peak, and the predicted one where there was a prediction."""
+    measured = f"{format_bytes(stage.get('peak_bytes', 0)):>10}"
+    predicted = stage.get("predicted_bytes")
+    return measured if predicted is None else f"{measured} ({format_bytes(predicted)} predicted)"
 
 
 def run(options: RunOptions, progress: Progress = SILENT) -> RunResult:
@@ -149,14 +155,16 @@ def do(step: Step, record: Record, progress: Progress) -> StageResult | None:
     if result.exit_code:
         logger.info("%s", result.summary())
         raise MismatchError(f"{step.name} failed on {step.inputs[0]}: see the checks above; nothing after it was run")
+    body = result.to_json()
     record.stages[step.name] = {
         "name": step.name,
         "digest": digest,
         "output": output_digest(step),
         "seconds": round(time.monotonic() - began, 3),
         "peak_bytes": peak_bytes(),
+        **({"predicted_bytes": body["predicted_bytes"]} if "predicted_bytes" in body else {}),
         "options": step.options.to_json(),
-        "result": result.to_json(),
+        "result": body,
     }
     record.save()
     if result.summary() and step.stage != "eval":

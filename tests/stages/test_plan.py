@@ -69,7 +69,7 @@ def test_memory_names_the_mildest_that_fits(config: Path) -> None:
     assert four_bit.choice is not None
     assert (four_bit.choice.ratio, four_bit.choice.quantize) == (None, "nf4")
     previous = 0.0
-    for memory in (7, 6, 5, 4, 3):
+    for memory in (8, 7, 6, 5, 4):
         result = planned(config, memory=f"{memory}GiB")
         assert result.choice is not None
         assert result.choice.quantize == "nf4"
@@ -99,8 +99,56 @@ def test_peaks_move_with_what_they_are_made_of(config: Path) -> None:
     assert planned(config, score="magnitude").peaks["prune"].total <= 400 * 2**20
     assert planned(config, method="random").peaks["prune"].total <= 400 * 2**20
     assert planned(config).peaks["merge"].total <= 400 * 2**20
-    assert planned(config, score="taylor").peaks["prune"].total > 2 * 13015864320
+    calibrated = planned(config).peaks["prune"].total
+    assert calibrated < planned(config, score="taylor").peaks["prune"].total < 2 * 13015864320  # it streams, too
+    assert calibrated < planned(config, method="semi", score="sparsegpt").peaks["prune"].total < 2 * 13015864320
+    assert planned(config, device="cpu").peaks["train"].total > plain
+    assert planned(config, optimizer="adamw_8bit").peaks["train"].total < plain
     assert all(part >= 0 for peak in planned(config).peaks.values() for part in peak.parts.values())
+
+
+def test_every_stage_has_its_parts_a_bar_and_a_verdict(config: Path) -> None:
+    result = planned(config, memory="8GiB", quantize="nf4", ratio="0.65")
+    body = result.to_json()
+    assert set(body["stages"]) == set(body["peak_bytes"])
+    for name, stage in body["stages"].items():
+        assert stage["peak_bytes"] == sum(stage["parts"].values()) == body["peak_bytes"][name]
+        assert stage["fits"] == (stage["peak_bytes"] <= 8 * GIB)
+        (line,) = [text for text in str(result).splitlines() if text.startswith(f"  {name} ")]
+        assert "█" in line
+        assert ("does not fit" in line) != stage["fits"]
+    assert body["train_parts"] == body["stages"]["train"]["parts"]
+    assert "quantized weights" in body["train_parts"]
+    longest = max(str(result).splitlines()[4:9], key=lambda line: line.count("█"))
+    assert longest.split()[0] == max(body["peak_bytes"], key=body["peak_bytes"].get)
+
+
+def test_what_does_not_fit_is_given_the_cheapest_changes(config: Path) -> None:
+    tight: dict[str, Any] = {"batch": 4, "checkpointing": False, "memory": "16GiB"}
+    result = planned(config, **tight)
+    flags = [change["flags"] for change in result.to_json()["changes"]]
+    assert flags[:2] == ["--batch 1 --accumulate 4", "--checkpointing"] or flags[0].startswith("--batch 2")
+    assert all(change["saves"] > 0 for change in result.to_json()["changes"])
+    assert f"  {result.changes[0]}" in str(result)
+    assert planned(config, memory="100GiB", batch=4).changes == ()
+
+
+def test_single_weights_are_counted_and_take_the_memory_of_all(config: Path) -> None:
+    dense = planned(config, method="semi")
+    body = dense.to_json()
+    assert body["params"]["small"] == 6_671_979_520  # Table 4 of 2502.13533, as counted exactly
+    assert body["bytes"]["small"] == body["bytes"]["large"]
+    assert dense.peaks["train"].total > planned(config).peaks["train"].total
+    assert "their zeros are stored" in str(dense)
+    assert dense.next_command == f"loram prune {config} --method semi -o SMALL"
+
+
+def test_what_to_type_next(config: Path) -> None:
+    assert planned(config).next_command == f"loram prune {config} --ratio 0.5 -o SMALL"
+    assert planned(config, quantize="nf4").next_command.endswith("--ratio 0.5 --quantize nf4 -o SMALL")
+    assert planned(config, memory="12GiB").next_command == f"loram quantize {config} --type nf4 -o SMALL"
+    assert planned(config, memory="200GiB").next_command == f"loram train {config} --data FILE -o ADAPTER"
+    assert planned(config, memory="1GiB").next_command == ""
 
 
 @pytest.mark.parametrize("memory", ["", "abc", "24XB", "-3GiB"])

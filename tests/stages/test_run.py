@@ -68,6 +68,10 @@ def test_whole_run(options: RunOptions) -> None:
     prune = next(stage for stage in result.stages if stage["name"] == "prune")
     assert prune["options"]["calibration"] == [*options.data, "builtin=1"]
     assert result.ladder.verdict() in result.summary()
+    stages = {stage["name"]: stage for stage in json.loads((folder / "run.json").read_text())["stages"]}
+    assert all(stage["peak_bytes"] > 0 for stage in stages.values())
+    assert stages["train"]["predicted_bytes"] == stages["train"]["result"]["predicted_bytes"] > 0
+    assert result.summary().count(" predicted)") == 1
 
 
 def test_second_time_everything_is_skipped(options: RunOptions) -> None:

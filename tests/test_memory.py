@@ -1,0 +1,68 @@
+"""What is left to a process: its own limits and its control group are believed where they leave least."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loram.errors import OptionError
+from loram.memory import _group_leaves, available_bytes, format_bytes, parse_bytes, peak_bytes, resident_bytes
+
+GIB = 2**30
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@linux
+def test_a_process_holds_something_and_may_take_more() -> None:
+    assert 0 < resident_bytes() <= peak_bytes()
+    assert available_bytes() > 0
+
+
+@linux
+@pytest.mark.parametrize("limit", [resource.RLIMIT_DATA, resource.RLIMIT_AS], ids=["data", "address space"])
+def test_its_own_limits_count(limit: int) -> None:
+    script = (
+        "import resource; from loram.memory import available_bytes\n"
+        f"resource.setrlimit({limit}, ({GIB}, {GIB})); print(available_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < GIB
+
+
+@pytest.mark.parametrize(
+    ("folder", "names", "cache"),
+    [
+        (".", ("memory.max", "memory.current"), "inactive_file"),
+        ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"),
+    ],
+    ids=["v2", "v1"],
+)
+def test_its_control_group_counts(folder: str, names: tuple[str, str], cache: str, tmp_path: Path) -> None:
+    place = tmp_path / folder
+    place.mkdir(exist_ok=True)
+    for name, text in zip((*names, "memory.stat"), ("1000\n", "700\n", f"anon 5\n{cache} 200\n"), strict=True):
+        (place / name).write_text(text)
+    assert _group_leaves(tmp_path) == 500  # cache that can be dropped is free
+    (place / names[0]).write_text("max\n")
+    assert _group_leaves(tmp_path) == _group_leaves(tmp_path / "gone") > 2**50
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 * GIB), ("24 GB", 24 * 10**9), ("24", 24 * GIB), ("1.5g", 15 * 10**8)]
+)
+def test_sizes_as_people_write_them(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "12 apples", "1e3GiB", "24b"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(OptionError, match="expected a size such as 24GiB"):
+        parse_bytes(text)
+
+
+def test_sizes_as_they_are_said() -> None:
+    assert (format_bytes(1), format_bytes(3 * GIB // 2)) == ("1 B", "1.5 GiB")
