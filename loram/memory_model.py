@@ -43,7 +43,7 @@ class Hardware:
 
 
 # The CPU's figures are measured (glibc, torch 2.13): the share is the one constant here that is fitted and not derived,
-# to the random models of benchmarks/memory.py. Those of CUDA are estimates.
+# to an earlier run of the configurations of benchmarks/memory.py. Those of CUDA are estimates.
 CPU = Hardware("cpu", 545 * MIB, 240 * MIB, 4, 0.66, tears=True, maps_files=True)
 CUDA = Hardware("cuda", 600 * MIB, 240 * MIB, 1, 0.06, tears=False, maps_files=False)
 HARDWARE = {"cpu": CPU, "cuda": CUDA}
