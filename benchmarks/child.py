@@ -89,6 +89,39 @@ def step(who: str, model: str, steps: str, batch: str, length: str, scratch: str
     return measured(who, model, int(steps), int(batch), int(length), Path(scratch))
 
 
+def bnb_quantize(model: str, out: str) -> Figures:
+    """The usual way: quantize while loading, save."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    kind: Any = BitsAndBytesConfig
+    config = kind(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16",
+    )
+    AutoModelForCausalLM.from_pretrained(model, quantization_config=config).save_pretrained(out)
+    return {}
+
+
+def load_quantized(model: str) -> Figures:
+    """Stock transformers on a folder that is quantized already, and how often it quantized."""
+    import bitsandbytes.functional as functional
+    from transformers import AutoModelForCausalLM
+
+    calls = 0
+    real = functional.quantize_4bit
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(*arguments, **options)
+
+    functional.quantize_4bit = counted
+    AutoModelForCausalLM.from_pretrained(model)
+    return {"quantized": calls}
+
+
 JOBS: dict[str, Callable[..., Figures]] = {
     "loram": loram,
     "loram-json": loram_json,
@@ -98,6 +131,8 @@ JOBS: dict[str, Callable[..., Figures]] = {
     "make-adapter": make_adapter,
     "train": train,
     "step": step,
+    "bnb-quantize": bnb_quantize,
+    "load-quantized": load_quantized,
 }
 
 

@@ -239,6 +239,31 @@ def mebibytes(runs: list[Sample], what: str) -> str:
     return f"{middle(runs, what) / MIB:,.0f} MiB"
 
 
+def quantize(bench: Bench) -> Outcome:
+    """`loram quantize` against quantizing with bitsandbytes while loading, and loading the result again."""
+    base = bench.base("trained")
+    ours, usual, again = "loram quantize", "from_pretrained in NF4 + save_pretrained", "loading what loram quantized"
+    out = {name: bench.folder / f"quantized-{number}" for number, name in enumerate((ours, usual))}
+    made = bench.prepare(bench.folder / "nf4", "loram", "quantize", base, "-o", bench.folder / "nf4", "--quiet")
+    contenders: dict[str, Command] = {
+        ours: job("loram", "quantize", base, "-o", out[ours], "--quiet"),
+        usual: job("bnb-quantize", base, out[usual]),
+        again: job("load-quantized", made),
+        FLOOR: job("floor"),
+    }
+    samples = bench.race(contenders, out)
+    run([sys.executable, "-m", "benchmarks.compare", str(out[ours]), str(out[usual])], bench.folder)
+    for place in out.values():
+        shutil.rmtree(place)
+    goals = [
+        Goal("CPU time ÷ bitsandbytes'", ratio(samples[ours], samples[usual], "cpu"), at_most=0.72),
+        Goal("peak memory beyond the interpreter", beyond(samples[ours], samples[FLOOR]) / MIB, "MiB"),
+        Goal("bitsandbytes' peak beyond the interpreter", beyond(samples[usual], samples[FLOOR]) / MIB, "MiB"),
+        Goal("weights quantized by loading again", max(each.figures["quantized"] for each in samples[again]), "", 0),
+    ]
+    return Outcome("Quantize to NF4", bench.describe("trained"), samples, goals, {"same bits, every tensor": True})
+
+
 def show_help(bench: Bench) -> Outcome:
     """`loram --help` against the import that any typer program pays for."""
     script = Path(sys.executable).with_name("loram")
@@ -277,6 +302,7 @@ SUITE: dict[str, Callable[[Bench], Outcome]] = {
     "prune": prune,
     "train": train,
     "step": step,
+    "quantize": quantize,
     "help": show_help,
     "memory": memory,
 }
