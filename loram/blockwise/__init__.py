@@ -18,12 +18,13 @@ layers. Windows have one length; right padding needs no mask, as no earlier posi
 
 `edit(tensor name, tensor)` changes a weight as it is read: a mask, a merged adapter, rounding. The hidden states are in
 memory, or in a file in `spill` when they outgrow `hidden_memory`. `gradients` goes backward, block by block from the
-end.
+end. `forward_pass` and `backward_pass` leave what was found sealed on disk, and go on where an earlier call stopped.
 """
 
 from loram.blockwise.backward import gradients
 from loram.blockwise.hidden import Hidden
 from loram.blockwise.observers import Cosine, MeanVariance, Norm, SecondMoment, observe_inputs, shared_inputs
+from loram.blockwise.resuming import backward_pass, forward_pass
 from loram.blockwise.runner import Block, BlockRunner
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "MeanVariance",
     "Norm",
     "SecondMoment",
+    "backward_pass",
+    "forward_pass",
     "gradients",
     "observe_inputs",
     "shared_inputs",

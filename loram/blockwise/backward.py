@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loram.blockwise.hidden import Hidden
-from loram.blockwise.runner import Block, BlockRunner
+from loram.blockwise.runner import Block, BlockRunner, Inputs, listening
 from loram.checkpoint import all_finite
 from loram.errors import MismatchError
 from loram.training.cross_entropy import summed_loss
@@ -69,13 +69,16 @@ def loss_slope(runner: BlockRunner, hidden: Hidden, windows: Tensor) -> None:
             hidden.write(part, torch.autograd.grad(loss, x)[0])
 
 
-def backward(block: Block, slope: Hidden, keep: bool) -> dict[str, Tensor]:
-    """Carry the gradient in the block's output over to its input, and give those of its Linears where they are kept."""
+def backward(block: Block, slope: Hidden, keep: bool, inputs: Inputs | None = None) -> dict[str, Tensor]:
+    """Carry the gradient in the block's output over to its input, and give those of its Linears where they are kept.
+
+    `inputs` observe the Linears on the way, as in `Block.run`.
+    """
     names = [weight.name for weight in block.runner.family.linears] if keep else []
     linears: dict[str, Any] = {name: block.module.get_submodule(name) for name in names}
     for linear in linears.values():
         linear.weight.requires_grad_(True)
-    with torch.enable_grad():
+    with torch.enable_grad(), listening(block.module, inputs or {}):
         for part, x in block.batches():
             x = x.detach().requires_grad_(True)
             block(x).backward(slope.read(part).to(x.device))  # type: ignore[no-untyped-call]

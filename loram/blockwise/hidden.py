@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -66,6 +67,34 @@ class Hidden:
         offset, done = first * self._row_bytes, 0
         while done < len(view):
             done += os.pwrite(self._open, view[done:], offset + done)
+
+    def save(self, file: Path) -> None:
+        """Write a copy of everything into a file."""
+        if self.file is not None:
+            shutil.copyfile(self.file, file)
+            return
+        assert self._memory is not None, "the hidden states were closed"
+        with open(file, "wb", buffering=0) as stream:
+            view, done = raw(self._memory), 0
+            while done < len(view):
+                done += stream.write(view[done:])
+
+    def load(self, file: Path) -> None:
+        """Take over what `save` has written."""
+        if file.stat().st_size != self.nbytes:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, expected {self.nbytes}; it is damaged")
+        if self._descriptor is not None:
+            assert self.file is not None
+            shutil.copyfile(file, self.file)  # the descriptor stays good: the file is written over, not replaced
+            return
+        assert self._memory is not None, "the hidden states were closed"
+        with open(file, "rb", buffering=0) as stream:
+            view, done = raw(self._memory), 0
+            while done < len(view):
+                got = stream.readinto(view[done:])
+                if not got:
+                    raise CheckpointError(f"{file} ends too early; something else has written to it")
+                done += got
 
     def close(self) -> None:
         """Let go of the memory; delete the file."""

@@ -8,26 +8,32 @@ the checkpoints says which options, data and model they belong to.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loram.artifact import SEAL, read_json, sha256_file, sha256_json, write_json
+from loram.artifact import SEAL, read_json, sha256_json
 from loram.data.encoding import EncodedRow
 from loram.errors import InputError, OptionError
 from loram.option_fields import flag
 from loram.options import StageOptions
+from loram.sealing import FOLDER as FOLDER
+from loram.sealing import IDENTITY as IDENTITY
+from loram.sealing import checkpoints_of as checkpoints_of
+from loram.sealing import damage as damage
+from loram.sealing import discard as discard
+from loram.sealing import seal as seal
+from loram.sealing import set_aside as set_aside
+from loram.sealing import set_aside_folder as set_aside_folder
+from loram.sealing import write_identity as write_identity
 from loram.train_options import ResumeOptions
 from loram.training.processes import process_count
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "checkpoints"
 PREFIX = "checkpoint-"
-IDENTITY = "run.json"
 RUNNING = {"resume", "save_every", "keep_checkpoints", "report_to"}
 """Options that say how a run is kept going, and nothing about what comes out."""
 FREE = {"out", "force", "dry_run", "log_every", "model", "large", "data", "eval_data", "columns"} | RUNNING
@@ -102,34 +108,6 @@ def find_start(out: Path, options: ResumeOptions, now: Mapping[str, Any]) -> Che
     return found
 
 
-def checkpoints_of(out: Path) -> Path:
-    """Where the checkpoints of OUT are; brings back those of a run killed while OUT was being put in place."""
-    partial = out.with_name(out.name + ".partial")
-    aside = set_aside_folder(out)
-    if aside.is_dir() and not (partial / FOLDER).exists():
-        partial.mkdir(parents=True, exist_ok=True)
-        os.replace(aside, partial / FOLDER)
-    return partial / FOLDER
-
-
-def set_aside_folder(out: Path) -> Path:
-    """Where checkpoints wait, out of the artifact's way, until OUT is in place."""
-    return out.with_name(out.name + ".checkpoints")
-
-
-def set_aside(partial: Path, out: Path) -> None:
-    """Take the checkpoints out of the folder that is about to become OUT."""
-    shutil.rmtree(set_aside_folder(out), ignore_errors=True)
-    if (partial / FOLDER).is_dir():
-        os.replace(partial / FOLDER, set_aside_folder(out))
-
-
-def discard(out: Path) -> None:
-    """Delete all checkpoints of OUT."""
-    shutil.rmtree(set_aside_folder(out), ignore_errors=True)
-    shutil.rmtree(out.with_name(out.name + ".partial") / FOLDER, ignore_errors=True)
-
-
 def newest_whole(place: Path, wanted: Path | None = None) -> Checkpoint | None:
     """The wanted checkpoint, or else the newest one that is whole; says which ones are damaged."""
     candidates = listed(place)
@@ -155,40 +133,8 @@ def listed(place: Path) -> list[Checkpoint]:
     return sorted((Checkpoint(f, int(f.name.removeprefix(PREFIX))) for f in folders), key=lambda item: item.step)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
-    try:
-        sums = read_json(folder / SEAL)
-    except InputError:
-        return "it was not written to its end"
-    if not isinstance(sums, dict) or not sums:
-        return f"{SEAL} is broken"
-    for name, digest in sums.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256_file(folder / name) != digest:
-            return f"{name} has changed"
-    return None
-
-
-def seal(folder: Path) -> None:
-    """Say that the checkpoint is whole, in one atomic step."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(SEAL))
-    partial = folder / (SEAL + ".partial")
-    write_json(partial, {file.relative_to(folder).as_posix(): sha256_file(file) for file in files})
-    os.replace(partial, folder / SEAL)
-
-
 def keep_newest(place: Path, count: int) -> None:
     """Delete all but the newest `count` checkpoints; the seal goes first, so that none is ever taken for whole."""
     for item in listed(place)[:-count]:
         (item.folder / SEAL).unlink(missing_ok=True)
         shutil.rmtree(item.folder, ignore_errors=True)
-
-
-def write_identity(place: Path, now: Mapping[str, Any]) -> None:
-    """Note whose checkpoints these are."""
-    place.mkdir(parents=True, exist_ok=True)
-    partial = place / (IDENTITY + ".partial")
-    write_json(partial, now)
-    os.replace(partial, place / IDENTITY)
