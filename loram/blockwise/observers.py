@@ -17,26 +17,42 @@ from loram.families import Family
 Observer = Callable[[int, dict[str, Tensor]], None]
 """Called after each layer with its number and {weight name: second moment Σ x·xᵀ, (in, in) fp32}."""
 
+STRIP = 256
+"""Rows of a second moment that are summed at a time."""
+
 
 class SecondMoment:
     """Σ x·xᵀ, (in, in) fp32, over `count` tokens: the Hessian of a least-squares fit, up to a factor."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.total = torch.empty(0)
+        self._upper = torch.empty(0)
 
     def __call__(self, x: Tensor) -> None:
         """Add rows of features (tokens, in)."""
         x = x.float()
+        width = x.shape[1]
         if not self.count:
-            self.total = x.new_zeros(x.shape[1], x.shape[1])
-        self.total.addmm_(x.T, x)
+            self._upper = x.new_zeros(width, width)
+        for start in range(0, width, STRIP):
+            # The lower half is the upper one's mirror image: nearly half of the work.
+            stop = min(start + STRIP, width)
+            self._upper[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
         self.count += len(x)
+
+    @property
+    def total(self) -> Tensor:
+        """The whole symmetric matrix; it may be changed, and then no more must be added."""
+        found = self._upper
+        for start in range(0, len(found), STRIP):
+            stop = start + STRIP
+            found[stop:, start:stop] = found[start:stop, stop:].T
+        return found
 
     @property
     def norm(self) -> Tensor:
         """‖x‖₂ of each feature over all tokens, (in,)."""
-        return self.total.diagonal().clamp_min(0).sqrt()
+        return self._upper.diagonal().clamp_min(0).sqrt()
 
 
 class Norm:
@@ -48,7 +64,7 @@ class Norm:
 
     def __call__(self, x: Tensor) -> None:
         """Add rows of features (tokens, in)."""
-        squares = x.float().square().sum(0, dtype=torch.float64)
+        squares = x.float().square().sum(0).double()
         self.total = self.total + squares if self.count else squares
         self.count += len(x)
 

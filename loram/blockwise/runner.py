@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,10 @@ Inputs = Mapping[str, Callable[[Tensor], None]]
 """{weight name of a layer: called with its Linear's input, (tokens, in)}."""
 Around = Callable[[Tensor, Tensor], None]
 """Called with a block's input and output, (rows, T, hidden)."""
+
+
+class _Seen(Exception):
+    """All that was to be observed has been."""
 
 
 @dataclass
@@ -68,8 +72,29 @@ class Block:
 
     @torch.no_grad()
     def observe(self, inputs: Inputs | None = None, around: Around | None = None) -> None:
-        """As `run`, but the outputs are forgotten and the hidden states stay the block's inputs."""
-        self._pass(inputs, around, lambda part, y: None)
+        """As `run`, but the outputs are forgotten and the hidden states stay the block's inputs.
+
+        Where nobody looks at outputs either, a block is left as soon as every observer has seen its input: what the
+        last Linear would give is of no use.
+        """
+        if around is not None or not inputs:
+            return self._pass(inputs, around, lambda part, y: None)
+        seen: set[str] = set()
+
+        def stopping(name: str, observer: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+            def observe(x: Tensor) -> None:
+                observer(x)
+                seen.add(name)
+                if len(seen) == len(inputs):
+                    raise _Seen
+
+            return observe
+
+        with listening(self.module, {name: stopping(name, one) for name, one in inputs.items()}):
+            for _, x in self.batches():
+                seen.clear()
+                with suppress(_Seen):
+                    self(x)
 
     def _pass(self, inputs: Inputs | None, around: Around | None, write: Callable[[slice, Tensor], None]) -> None:
         with listening(self.module, inputs or {}):

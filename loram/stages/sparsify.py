@@ -14,7 +14,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from loram.checkpoint import Checkpoint
+from loram.checkpoint import Checkpoint, all_finite
+from loram.errors import MismatchError
 from loram.families import Family, Geometry
 from loram.families.sparsity import Sparsity
 from loram.masks import PackedMask
@@ -130,6 +131,8 @@ def prune_group(work: Sparsifying, weights: dict[str, Tensor], observed: Tensor)
     """Prune the weights that read one input, in place; masks, and weights that a solver changed, go to disk."""
     assert work.score.prune is not None
     first = next(iter(weights)).removesuffix(".weight")
+    if not all_finite(observed):
+        raise MismatchError(f"the input of {first} is NaN or Inf; the model's weights are damaged")
     found = work.score.prune(list(weights.values()), observed, work.sparsity, first)
     for (name, weight), (new, gone) in zip(weights.items(), found, strict=True):
         stored = new.to(work.checkpoint.entry(name).dtype)
