@@ -161,6 +161,39 @@ def test_cuts_that_leave_nothing_or_everything(
     refused(f"{verb} large {out} {flags}", 2, message)
 
 
+@pytest.mark.parametrize("verb", ["prune", "plan"])
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        ("--method semi --pattern 0:4", 2, "--pattern 0:4 keeps nothing"),
+        ("--method semi --pattern 4:4", 2, "--pattern 4:4 keeps everything"),
+        ("--method semi --pattern 2", 2, "expected N:M"),
+        ("--method semi --ratio 0.6", 2, "--ratio 0.6 has no use with --method semi"),
+        ("--method semi --keep-first 1", 2, "--keep-first 1 has no use with --method semi"),
+        ("--method unstructured --pattern 2:4", 2, "--pattern has no use with --method unstructured"),
+        ("--method unstructured --score taylor", 2, "--score taylor measures whole heads"),
+        ("--score sparsegpt", 2, "--score sparsegpt measures single weights"),
+        ("--method given", 2, "--given"),
+    ],
+)
+def test_single_weights(verb: str, flags: str, code: int, message: str, work: Path, refused: Refusal) -> None:
+    refused(f"{verb} large {'-o out' if verb == 'prune' else ''} {flags}", code, message)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        ("--method semi --pattern 3:7 --score magnitude", 4, "--pattern 3:7 does not divide model.layers.0.self_attn"),
+        ("--method semi --score sparsegpt", 4, "has no usable tokenizer"),
+        ("--method given --given large", 4, "is not sparse"),
+        ("--method given --given ./gone", 4, "does not exist"),
+        ("--method given --given small", 2, "is a small-model that loram wrote"),
+    ],
+)
+def test_single_weights_of_this_model(flags: str, code: int, message: str, work: Path, refused: Refusal) -> None:
+    refused(f"prune large -o out {flags}", code, message)
+
+
 # ---- adapters ----
 
 

@@ -66,8 +66,14 @@ def test_qloram_rows_in_true_bytes(row: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("row", PAPER["non_structured"], ids=row_id)
-def test_non_structured_rows_follow_from_the_counts(row: dict[str, Any]) -> None:
+def test_non_structured_rows_follow_from_the_counts(row: dict[str, Any], tmp_path: Path) -> None:
     """All decoder linears at the pattern's density, the rest whole: no mask is needed to count."""
+    (tmp_path / "config.json").write_text(json.dumps(paper_config(row["config"])))
+    how = {"method": "semi"} if row["pattern"] == "2:4" else {"method": "unstructured", "ratio": row["pattern"]}
+    body = plan(PlanOptions(model=str(tmp_path), **how)).to_json()
+    assert body["params"]["small"] == row["nonzero"]
+    assert round(body["params"]["reduction"], 3) == row["reduction"]
+    assert body["bytes"]["small"] == body["bytes"]["large"]
     density = 1 - (Fraction(1, 2) if row["pattern"] == "2:4" else Fraction(row["pattern"]))
     large = count(paper_config(row["config"]))
     assert large.total - large.linear + int(large.linear * density) == row["nonzero"]

@@ -51,6 +51,11 @@ class Widths:
         return len(set(self.kv_heads)) == 1 and len(set(self.mlp)) == 1
 
 
+def whole_widths(layers: int, kv_heads: int, mlp: int) -> Widths:
+    """Nothing cut."""
+    return Widths((kv_heads,) * layers, (mlp,) * layers)
+
+
 @dataclass(frozen=True)
 class Cut:
     """What is asked for: the ratio, the layers left whole, and the rounding."""

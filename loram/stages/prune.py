@@ -18,7 +18,7 @@ from loram.declared import check_tensors
 from loram.errors import KindError
 from loram.families import Family, Geometry, family_of
 from loram.families.small import small_config
-from loram.families.widths import Cut, Widths, describe_uncut, parse_ratio
+from loram.families.widths import Cut, Widths, describe_uncut, parse_ratio, whole_widths
 from loram.hub.download import resolve_model
 from loram.masks import MASK_FILE
 from loram.memory import check_disk
@@ -76,7 +76,7 @@ def small_widths(options: PruneOptions, family: Family, geometry: Geometry) -> W
     if options.by_weight:
         if options.sparsity is not None:
             check_widths(family, geometry, options.sparsity)
-        return Widths((geometry.kv_heads,) * geometry.layers, (geometry.mlp,) * geometry.layers)
+        return whole_widths(geometry.layers, geometry.kv_heads, geometry.mlp)
     cut = Cut(parse_ratio(options.ratio), options.keep_first, options.keep_last, options.round_to)
     return cut.widths(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.mlp)
 
