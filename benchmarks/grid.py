@@ -185,12 +185,16 @@ def main_grid(model: str, task: str) -> Iterator[Cell]:
     """The table of the issue: ceilings at three rates, every method with both ways of keeping layers whole."""
     yield Cell(model, task, "base")
     yield from (Cell(model, task, "ceiling", lr=rate) for rate in RATES)
-    for name in ("random", "refit", "refit-general", "structured", "distill", *MASKS, "depth"):
-        yield from (Cell(model, task, name, "0.5", keep) for keep in MODELS[model].keep)
+    first, *further = MODELS[model].keep
+    for name in ("random", "refit", "structured", "refit-general", "distill"):
+        yield Cell(model, task, name, "0.5", first)
     yield Cell(model, task, "nf4")
-    yield from (Cell(model, task, name, "0.5", (4, 2)) for name in ("refit-nf4", "refit-calibrated"))
-    for name in ("random", "refit", "distill"):
-        for seed in SEEDS[1:]:
+    yield from (Cell(model, task, name, "0.5", first) for name in (*MASKS, "depth", "refit-nf4", "refit-calibrated"))
+    for keep in further:
+        for name in ("random", "refit", "distill", "structured", "refit-general", *MASKS, "depth"):
+            yield Cell(model, task, name, "0.5", keep)
+    for seed in SEEDS[1:]:
+        for name in ("random", "refit", "distill"):
             yield from (Cell(model, task, name, "0.5", keep, seed) for keep in MODELS[model].keep)
 
 
