@@ -86,7 +86,9 @@ class Method:
     recover: Options = field(default_factory=dict)
 
 
-DISTILL: Options = {"method": "distill", "data": HALF}
+DISTILL: Options = {"method": "distill", "data": HALF, "steps": 16, "batch": 2, "length": 128}
+DISTILL |= {"lr": 3e-4, "held_out": 4, "save_every": 8}
+SPARSE: Options = {"score": "sparsegpt", "calibration": HALF}
 METHODS = {
     method.name: method
     for method in (
@@ -95,8 +97,8 @@ METHODS = {
         Method("refit-general", "Wanda cut, refit on general text", {"calibration": GENERAL}),
         Method("refit", "Wanda cut, refit on half task text", {"calibration": HALF}),
         Method("distill", "the same + distillation on half task text", {"calibration": HALF}, align=DISTILL),
-        Method("semi", "2:4 masks", {"method": "semi", "calibration": HALF}),
-        Method("unstructured", "50 % unstructured masks", {"method": "unstructured", "calibration": HALF}),
+        Method("semi", "2:4 masks (SparseGPT), all layers", {"method": "semi", **SPARSE}),
+        Method("unstructured", "50 % unstructured masks (SparseGPT), all layers", {"method": "unstructured", **SPARSE}),
         Method("depth", "whole layers dropped", {"method": "depth", "calibration": HALF}),
         Method("random-distill", "random cut + distillation", {"method": "random"}, align=DISTILL),
         Method("nf4", "NF4, nothing cut", None, quantize={}),
@@ -158,8 +160,8 @@ class Cell:
         method = METHODS[self.method]
         found: list[tuple[str, Options]] = []
         if method.prune is not None:
-            assert self.keep is not None
-            cut: Options = {"model": LARGE, "keep_first": self.keep[0], "keep_last": self.keep[1], **method.prune}
+            cut: Options = {"model": LARGE, **method.prune}
+            cut |= {} if self.keep is None else {"keep_first": self.keep[0], "keep_last": self.keep[1]}
             cut |= {} if method.prune.get("method") == "semi" else {"ratio": self.ratio}
             cut |= {"samples": task.samples, "length": task.length, "columns": task.columns}
             found.append(("prune", cut))
@@ -189,9 +191,10 @@ def main_grid(model: str, task: str) -> Iterator[Cell]:
     for name in ("random", "refit", "structured", "refit-general", "distill"):
         yield Cell(model, task, name, "0.5", first)
     yield Cell(model, task, "nf4")
-    yield from (Cell(model, task, name, "0.5", first) for name in (*MASKS, "depth", "refit-nf4", "refit-calibrated"))
+    yield from (Cell(model, task, name, "0.5") for name in MASKS)
+    yield from (Cell(model, task, name, "0.5", first) for name in ("depth", "refit-nf4", "refit-calibrated"))
     for keep in further:
-        for name in ("random", "refit", "distill", "structured", "refit-general", *MASKS, "depth"):
+        for name in ("random", "refit", "distill", "structured", "refit-general", "depth"):
             yield Cell(model, task, name, "0.5", keep)
     for seed in SEEDS[1:]:
         for name in ("random", "refit", "distill"):
@@ -204,7 +207,7 @@ def ablation(model: str, task: str) -> Iterator[Cell]:
         both = Cell(model, task, "refit", ratio, (4, 2))
         yield from (both, replace(both, measured="small"))
     for name in ("random", "random-distill", "distill", *MASKS):
-        both = Cell(model, task, name, "0.5", (4, 2))
+        both = Cell(model, task, name, "0.5", None if name in MASKS else (4, 2))
         yield from (both, replace(both, measured="small"))
     yield from (Cell(model, task, "refit-nf4", ratio, (4, 2)) for ratio in ("0.3", "0.7"))
 
