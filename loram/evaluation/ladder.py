@@ -14,7 +14,9 @@ SMALL_ADAPTER = "small + adapter"
 RECOVERED = "large + recovered"
 CEILING = "ceiling"
 ORDER = (BASE, SMALL, SMALL_ADAPTER, RECOVERED, CEILING)
-ADVICE = "put more of the task's text into --calibration, cut less, or train more steps"
+ADVICE = ("put more of the task's text into --calibration", "cut less and take 4 bits for it", "train more steps")
+ENOUGH = 0.75
+"""The share of what is possible below which a helpful adapter is still worth advice."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,11 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """The rungs, and the standard error of large + recovered against base on the same rows."""
+    """The rungs, the standard error of large + recovered against base on the same rows, and what could be changed."""
 
     rows: tuple[Rung, ...]
     gain_stderr: float | None = None
+    advice: tuple[str, ...] = ADVICE
 
     def rung(self, name: str) -> Rung | None:
         """The rung of that name, if it was measured."""
@@ -57,7 +60,7 @@ class Ladder:
         return self.gain / (base.loss - ceiling.loss)
 
     def verdict(self) -> str:
-        """One plain sentence: did it help the large model, by how much, and what to change if not."""
+        """Plain words: did it help the large model, by how much of what is possible, and what to change if not."""
         gain = self.gain
         if gain is None:
             return "no verdict: the ladder needs the base and the large model with the recovered adapter"
@@ -67,7 +70,20 @@ class Ladder:
             "" if self.kept_share is None else f", {self.kept_share:.0%} of what LoRA on the large model itself gains"
         )
         if gain > margin:
-            return f"the recovered adapter helps the large model: {gain:.3f}{error} nats a token less loss{share}"
+            short = self.kept_share is not None and self.kept_share < ENOUGH
+            more = f"; to keep more: {self.change}" if short else ""
+            return f"the recovered adapter helps the large model: {gain:.3f}{error} nats a token less loss{share}{more}"
         if gain < -margin:
-            return f"the recovered adapter harms the large model: {-gain:.3f}{error} nats a token more loss; {ADVICE}"
-        return f"the recovered adapter makes no clear difference ({gain:+.3f}{error} nats a token gained); {ADVICE}"
+            return (
+                f"the recovered adapter harms the large model: {-gain:.3f}{error} nats a token more loss; what to "
+                f"change, the strongest first: {self.change}"
+            )
+        return (
+            f"the recovered adapter makes no clear difference ({gain:+.3f}{error} nats a token gained){share}; what to "
+            f"change, the strongest first: {self.change}"
+        )
+
+    @property
+    def change(self) -> str:
+        """The advice in a line."""
+        return "; ".join(self.advice)

@@ -13,8 +13,19 @@ from loram.data.sources import Source, read_sources
 from loram.data.summary import stop_tokens
 from loram.device import resolve_dtype
 from loram.errors import InputError, KindError, OptionError
+from loram.evaluation.advice import advise
 from loram.evaluation.generation import questions
-from loram.evaluation.ladder import BASE, CEILING, ORDER, RECOVERED, SMALL, SMALL_ADAPTER, Ladder, Rung
+from loram.evaluation.ladder import (
+    ADVICE,
+    BASE,
+    CEILING,
+    ORDER,
+    RECOVERED,
+    SMALL,
+    SMALL_ADAPTER,
+    Ladder,
+    Rung,
+)
 from loram.evaluation.losses import Loss, RowLosses, paired_gain, summarize
 from loram.evaluation.subjects import Exam, Measured, Subject, examine
 from loram.hub.download import resolve_model
@@ -22,9 +33,11 @@ from loram.modeling import load_tokenizer
 from loram.options import EvalOptions
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
+from loram.stages.making import making_of
 from loram.stages.pairing import check_pair, model_manifest, parent_folder
 
 logger = logging.getLogger(__name__)
+TRAINED = (RECOVERED, SMALL_ADAPTER, SMALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +66,8 @@ class EvalResult(StageResult):
             body["tasks"] = self.tasks
         if self.ladder is not None:
             body |= {"ladder": self.ladder.to_json(), "verdict": self.ladder.verdict()}
-            body["gain_stderr"] = self.ladder.gain_stderr
+            body |= {"gain_stderr": self.ladder.gain_stderr, "advice": list(self.ladder.advice)}
+            body["kept_share"] = self.ladder.kept_share
         return body
 
     def summary(self) -> str:
@@ -83,7 +97,7 @@ def evaluate(options: EvalOptions, progress: Progress = SILENT) -> EvalResult:
         losses=measured.losses,
         accuracy=measured.accuracy,
         tasks=measured.tasks,
-        ladder=ladder_of(found) if options.compare else None,
+        ladder=ladder_of(found, subjects) if options.compare else None,
     )
 
 
@@ -155,11 +169,13 @@ def ladder_subjects(options: EvalOptions, model: Path) -> list[Subject]:
     return [*subjects, Subject(RECOVERED, model, recovered)]
 
 
-def ladder_of(found: dict[str, Measured]) -> Ladder:
-    """The rungs in their order, and the paired standard error of what the large model gained."""
+def ladder_of(found: dict[str, Measured], subjects: list[Subject]) -> Ladder:
+    """The rungs in their order, the paired standard error of what the large model gained, and what could be changed."""
     rungs = []
     for name in ORDER:
         if name in found:
             loss = summarize(found[name].losses)
             rungs.append(Rung(name, loss.mean, loss.stderr, found[name].accuracy))
-    return Ladder(tuple(rungs), paired_gain(found[BASE].losses, found[RECOVERED].losses)[1])
+    made = making_of([place for each in subjects if each.name in TRAINED for place in (each.adapter, each.model)])
+    gain_stderr = paired_gain(found[BASE].losses, found[RECOVERED].losses)[1]
+    return Ladder(tuple(rungs), gain_stderr, advise(made) if made.compression else ADVICE)

@@ -130,13 +130,14 @@ class Record:
 
     def ladder(self) -> Any:
         """The ladder of an evaluation that was skipped this time."""
-        from loram.evaluation.ladder import Ladder, Rung
+        from loram.evaluation.ladder import ADVICE, Ladder, Rung
 
         file = self.folder / LADDER
         if not file.is_file():
             return None
-        gain_stderr = self.stages.get("eval", {}).get("result", {}).get("gain_stderr")
-        return Ladder(tuple(Rung(**row) for row in read_json(file)["rows"]), gain_stderr)
+        told = self.stages.get("eval", {}).get("result", {})
+        rows = tuple(Rung(**row) for row in read_json(file)["rows"])
+        return Ladder(rows, told.get("gain_stderr"), tuple(told.get("advice") or ADVICE))
 
 
 def do(step: Step, record: Record, progress: Progress) -> StageResult | None:

@@ -25,7 +25,9 @@ def test_it_helps() -> None:
     assert ladder(1.5).verdict() == (
         "the recovered adapter helps the large model: 0.500 ± 0.010 nats a token less loss"
     )
-    assert ladder(1.5, ceiling=1.0).verdict().endswith("less loss, 50% of what LoRA on the large model itself gains")
+    half = ladder(1.5, ceiling=1.0).verdict()
+    assert "less loss, 50% of what LoRA on the large model itself gains; to keep more: " in half
+    assert ladder(1.1, ceiling=1.0).verdict().endswith("90% of what LoRA on the large model itself gains")
 
 
 def test_it_harms_or_does_nothing_and_says_what_to_change() -> None:

@@ -1,0 +1,61 @@
+"""What to change where an adapter helps the large model less than it could: by how its small model was made.
+
+The order is that of what was measured (docs/transfer.md): the text that the cut was repaired on first, then bits
+instead of cuts, then distillation, then more steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+MILD = Fraction(3, 10)
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a small model was made and trained, as far as manifests say; None is unknown."""
+
+    compression: tuple[str, ...] = ()
+    method: str | None = None
+    ratio: Fraction | None = None
+    task_text: bool | None = None
+    steps: int | None = None
+
+
+def advise(made: Making) -> tuple[str, ...]:
+    """Sentences for a person, the strongest lever first; each names what to type."""
+    found = [repair(made), bits(made)]
+    if not {"aligned", "nf4", "int8"} & {*made.compression}:
+        found.append("distill from the large model before training (`loram align`)")
+    elif "aligned" not in made.compression and cut(made):
+        found.append("distill from the large model before quantizing (`loram align`)")
+    found.append("train more steps" if made.steps is None else f"train more than {made.steps} steps")
+    return tuple(sentence for sentence in found if sentence)
+
+
+def cut(made: Making) -> bool:
+    """Whether anything was taken away, other than bits."""
+    return bool({"axes", "mask", "depth"} & {*made.compression})
+
+
+def repair(made: Making) -> str:
+    """The text of the calibration, and the closed form that it serves."""
+    if not cut(made):
+        return ""
+    if made.method == "random":
+        return "cut by score and on your own text (`--method structured --calibration FILE --calibration builtin`)"
+    if made.task_text is False:
+        return "calibrate on the text that you train on (`loram prune --calibration FILE --calibration builtin`)"
+    if made.compression[:1] == ("axes",) and not {"refit", "aligned"} & {*made.compression}:
+        return "let prune refit what it has cut (`--refit`)"
+    return ""
+
+
+def bits(made: Making) -> str:
+    """A milder cut, paid for in bits."""
+    if not cut(made) or (made.ratio is not None and made.ratio <= MILD):
+        return ""
+    less = "cut less" if made.ratio is None else f"cut less than {float(made.ratio):g}"
+    quantized = bool({"nf4", "int8"} & {*made.compression})
+    return f"{less} (`--ratio`)" if quantized else f"{less} and take 4 bits for it (`--ratio`, `--quantize nf4`)"

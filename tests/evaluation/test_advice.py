@@ -1,0 +1,49 @@
+"""Advice follows from how the small model was made; every flag and command it names is real."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from loram.evaluation.advice import Making, advise
+from loram.options import SECTIONS, flag
+
+GENERAL = Making(("axes", "refit"), "structured", Fraction(1, 2), False, 40)
+
+
+def names(advice: tuple[str, ...]) -> list[str]:
+    """What is typed, in order."""
+    return [word for sentence in advice for word in re.findall(r"`(?:loram )?([a-z-]+)", sentence)]
+
+
+def test_general_text_comes_first() -> None:
+    advice = advise(GENERAL)
+    assert advice[0].startswith("calibrate on the text that you train on (`loram prune --calibration FILE")
+    assert names(advice) == ["prune", "--ratio", "--quantize", "align"]
+    assert advice[-1] == "train more than 40 steps"
+
+
+def test_what_was_done_is_not_advised() -> None:
+    best = Making(("axes", "refit", "aligned", "nf4"), "structured", Fraction(3, 10), True, 400)
+    assert advise(best) == ("train more than 400 steps",)
+    deeper = Making(("axes", "refit", "aligned", "nf4"), "structured", Fraction(13, 20), True, None)
+    assert advise(deeper) == ("cut less than 0.65 (`--ratio`)", "train more steps")
+
+
+def test_a_random_cut_and_one_that_was_not_refitted() -> None:
+    assert "--method structured" in advise(Making(("axes",), "random", Fraction(1, 2), False, 8))[0]
+    assert "--refit" in advise(Making(("axes",), "structured", Fraction(1, 2), True, 8))[0]
+
+
+def test_bits_alone_leave_only_steps() -> None:
+    assert advise(Making(("nf4",), steps=10)) == ("train more than 10 steps",)
+    unaligned = advise(Making(("axes", "refit", "nf4"), "structured", Fraction(1, 2), True, 10))
+    assert "distill from the large model before quantizing (`loram align`)" in unaligned
+
+
+def test_every_flag_and_command_exists() -> None:
+    flags = {flag(name) for kind in SECTIONS.values() for name in kind.__dataclass_fields__}
+    for made in (GENERAL, Making(("axes",), "random"), Making(("mask",)), Making(("axes",), "structured", None, True)):
+        for sentence in advise(made):
+            assert set(re.findall(r"--([a-z-]+)", sentence)) <= flags
+            assert set(re.findall(r"`loram (\w+)", sentence)) <= set(SECTIONS)
