@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from loram import activations
 from loram.training import cross_entropy, divergence
 from loram.training.divergence import (
     TopK,
@@ -37,7 +38,7 @@ def model(weight: Tensor, cap: float | None = None) -> Any:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last of them short."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * VOCABULARY * 16)
+    monkeypatch.setattr(activations, "CHUNK_BYTES", 4 * VOCABULARY * 16)
 
 
 def exact(hidden: Tensor, teacher: Tensor, weight: Tensor, cap: float | None, t: float) -> Tensor:
