@@ -7,7 +7,7 @@ from typing import Any
 
 from loram.errors import OptionError, RecipeError
 from loram.options import StageOptions, WritingOptions, from_mapping
-from loram.recipe import Recipe, load_recipe, packaged_recipes, recipe_text
+from loram.recipe import Recipe, load_recipe, packaged_recipes, recipe_text, said_outright
 
 from .options import Invocation
 
@@ -39,7 +39,8 @@ def recipe_values(call: Invocation) -> dict[str, Any]:
 
 def whole_recipe_values(call: Invocation) -> dict[str, Any]:
     """`run` and `demo` read all sections themselves; here they are only checked, before anything heavy happens."""
-    values: dict[str, Any] = {"overrides": call.assignments} if call.assignments else {}
+    assignments = (*call.assignments, *said_outright(call.kind, call.given))
+    values: dict[str, Any] = {"overrides": assignments} if assignments else {}
     named = call.given.get("recipe")
     if call.recipe and call.stage == "demo":
         raise OptionError("loram demo runs the recipe quickstart; for another one use `loram run RECIPE -o RUN`")
@@ -48,7 +49,7 @@ def whole_recipe_values(call: Invocation) -> dict[str, Any]:
     recipe = "quickstart" if call.stage == "demo" else named or call.recipe
     if recipe is None:
         return values
-    load_recipe(recipe).override(call.assignments)
+    load_recipe(recipe).override(assignments)
     return values if call.stage == "demo" else values | {"recipe": recipe}
 
 

@@ -8,7 +8,8 @@ they come from the command line, or from the stage before.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loram.errors import OptionError, RecipeError
-from loram.options import SECTIONS, did_you_mean, from_mapping
+from loram.options import SECTIONS, StageOptions, did_you_mean, from_mapping
 
 SUFFIXES = (".yaml", ".yml")
 PACKAGE = "loram_recipes"
@@ -41,6 +42,18 @@ class Recipe:
             sections.setdefault(section, {})[key] = value
             check_section(section, {key: value}, f"--set {text}")
         return Recipe(self.source, sections)
+
+
+def said_outright(kind: type[StageOptions], given: Mapping[str, Any]) -> tuple[str, ...]:
+    """What was given although it is the default, as assignments, for the stages that read a whole recipe.
+
+    Without them nobody could tell it from what was not given, and the recipe's `run:` section would win.
+    """
+    if not any(item.metadata.get("assignments") for item in dataclasses.fields(kind)):
+        return ()
+    defaults = {item.name: item.default for item in dataclasses.fields(kind)}
+    repeated = [name for name, value in given.items() if value == defaults.get(name, dataclasses.MISSING)]
+    return tuple(f"run.{name}={json.dumps(given[name])}" for name in repeated if name != "overrides")
 
 
 def packaged_recipes() -> dict[str, Traversable]:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from loram.options import SECTIONS, StageOptions, from_mapping, require
 from loram.progress import SILENT, Progress
+from loram.recipe import said_outright
 from loram.results import StageResult
 
 STAGE_FUNCTIONS: dict[str, str] = {
@@ -72,7 +73,10 @@ def from_arguments(kind: type[Options], inputs: Sequence[object], values: dict[s
     given = dict(zip(names, inputs, strict=False))
     twice = sorted(given.keys() & values.keys())
     require(not twice, f"{where} got {', '.join(twice)} twice, by position and by name; give it once")
-    return from_mapping(kind, {**given, **values}, where)
+    given |= values
+    outright = said_outright(kind, given)
+    more = {"overrides": (*given.get("overrides", ()), *outright)} if outright else {}
+    return from_mapping(kind, given | more, where)
 
 
 def signature(kind: type[StageOptions]) -> inspect.Signature:

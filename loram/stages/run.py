@@ -78,8 +78,7 @@ def memory_of(stage: dict[str, Any]) -> str:
 
 def run(options: RunOptions, progress: Progress = SILENT) -> RunResult:
     """Work through a recipe. Killed and started again it goes on where it was."""
-    recipe = load_recipe(options.recipe).override(options.overrides)
-    options = settle(options, recipe)
+    options, recipe = settle(options, load_recipe(options.recipe))
     model = str(resolve_model(str(options.model)))
     steps = wire(options, recipe, model)
     if options.dry_run:

@@ -12,7 +12,7 @@ from loram.checkpoint import describe_base
 from loram.data.places import source_path
 from loram.errors import OptionError
 from loram.options import SECTIONS, RunOptions, StageOptions, from_mapping
-from loram.recipe import Recipe
+from loram.recipe import Recipe, parse_assignment
 
 FOLDERS = {
     "prune": "prune",
@@ -31,6 +31,14 @@ PLACES = (*INPUTS, "data", "eval_data", "calibration", "out", "force", "dry_run"
 """Options that say where something is. Digests look at what is there, so that a run may be moved."""
 STAGE_OF = {"ceiling": "train"}
 """Sections that run adds by itself, and the stage each one calls."""
+
+SPOKEN_FOR: dict[str, tuple[tuple[str, ...], str]] = {
+    "seed": ((), "seed"),
+    "columns": ((), "columns"),
+    "data": (("train",), "data"),
+    "eval_data": (("eval",), "data"),
+}
+"""Options of run that, when typed, win over an option of these sections (none named: of all)."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +85,30 @@ def content_digest(place: str) -> str:
     return sha256_json([sha256_file(file) for file in sorted(path.iterdir()) if file.is_file()])
 
 
-def settle(options: RunOptions, recipe: Recipe) -> RunOptions:
-    """The run's own options: what was typed, else what the recipe's `run:` section says."""
-    values = {item.name: getattr(options, item.name) for item in fields(options)}
-    for key, value in recipe.section("run").items():
-        default = next(item.default for item in fields(options) if item.name == key)
-        if values[key] == default:
-            values[key] = value
-    settled = from_mapping(RunOptions, values, f"{options.recipe}: run")
+def settle(options: RunOptions, recipe: Recipe) -> tuple[RunOptions, Recipe]:
+    """The run's own options, and the recipe with what was typed and set in place of what the file says.
+
+    Typed is what differs from the default, or stands among the overrides (see `said_outright`).
+    """
+    defaults = {item.name: item.default for item in fields(options)}
+    set_here = {key for section, key, _ in (parse_assignment(t, "run") for t in options.overrides) if section == "run"}
+    typed = {name for name, value in vars(options).items() if value != defaults[name]} | set_here
+    recipe = giving_way(recipe, typed).override(options.overrides)
+    said = {key: value for key, value in recipe.section("run").items() if getattr(options, key) == defaults[key]}
+    settled = from_mapping(RunOptions, vars(options) | said, f"{options.recipe}: run")
     if settled.model is None:
         raise OptionError(f"{options.recipe} does not say which model to run on; add --model FOLDER")
-    return settled
+    return settled, recipe
+
+
+def giving_way(recipe: Recipe, typed: set[str]) -> Recipe:
+    """The recipe without what its sections say about options of run that were typed."""
+    sections = {name: dict(section) for name, section in recipe.sections.items()}
+    for key in typed & SPOKEN_FOR.keys():
+        stages, name = SPOKEN_FOR[key]
+        for section in stages or sections:
+            sections.get(section, {}).pop(name, None)
+    return Recipe(recipe.source, sections)
 
 
 def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:

@@ -217,6 +217,11 @@ def test_run_gets_its_overrides_whole(stage: Fake) -> None:
     assert stage.options.overrides == ("train.targets=q_proj,v_proj", "model=m")
 
 
+def test_a_flag_typed_with_its_default_is_not_a_flag_left_out(stage: Fake) -> None:
+    assert main("run", "quickstart", "-o", "x", "--set", "run.seed=5", "--seed", "0", "--no-ceiling") == 0
+    assert stage.options.overrides == ("run.seed=5", "run.ceiling=false", "run.seed=0")
+
+
 def test_recipe_without_the_section_is_refused(stage: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("merge", "a", "-o", "x", "--recipe", "quickstart") == 2
     assert "the recipe quickstart has no section merge; it has run, prune" in capsys.readouterr().err

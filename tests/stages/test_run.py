@@ -156,6 +156,30 @@ def test_killed_run_goes_on(options: RunOptions) -> None:
     assert result.ladder.to_json() == fresh.ladder.to_json()
 
 
+def test_typed_flags_win_over_the_recipe_even_with_their_default_values(options: RunOptions) -> None:
+    """The recipe asks for a ceiling and other seeds; what the user types counts, and what is not typed does not."""
+    run_section = f"run: {{ceiling: true, seed: 5, model: {TINY}}}\n"
+    sections = RECIPE.replace("{steps: 3,", "{steps: 3, seed: 7, data: other.jsonl,")
+    Path(options.recipe).write_text(run_section + sections)
+
+    def planned(**typed: object) -> dict[str, dict[str, object]]:
+        from loram import run as python_run
+
+        result: RunResult = python_run(options.recipe, out=options.out, dry_run=True, **typed)  # type: ignore[assignment]
+        return {stage["name"]: stage["options"] for stage in result.stages}
+
+    recipes = planned()
+    assert (recipes["prune"]["seed"], recipes["train"]["seed"]) == (5, 7)
+    assert recipes["train"]["data"] == ["other.jsonl"]
+    assert "ceiling" in recipes
+    typed = planned(ceiling=False, seed=0, data=options.data)
+    assert (typed["prune"]["seed"], typed["train"]["seed"]) == (0, 0)
+    assert typed["train"]["data"] == [*options.data]
+    assert "ceiling" not in typed
+    both = planned(seed=0, overrides=("train.seed=9",))
+    assert (both["prune"]["seed"], both["train"]["seed"]) == (0, 9)
+
+
 def test_each_stage_works_on_the_small_model_before_it(options: RunOptions) -> None:
     """align reads what prune wrote, train and eval what align wrote; both halves of the text are the run's."""
     recipe = RECIPE.replace("train:", "align: {method: lm, steps: 2, batch: 2, length: 16, held_out: 2}\ntrain:", 1)
