@@ -70,7 +70,7 @@ def from_arguments(kind: type[Options], inputs: Sequence[object], values: dict[s
         f"{where} takes {len(names)} positional input(s) ({', '.join(names) or 'none'}) but got {len(inputs)}; "
         "give the others by name",
     )
-    given = dict(zip(names, inputs, strict=False))
+    given: dict[str, Any] = dict(zip(names, inputs, strict=False))
     twice = sorted(given.keys() & values.keys())
     require(not twice, f"{where} got {', '.join(twice)} twice, by position and by name; give it once")
     given |= values
