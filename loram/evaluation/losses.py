@@ -67,6 +67,7 @@ def measure(
         refuse_leaks(model, max(lengths))
         packs = pack(lengths, packed_to)
     progress.begin(label, len(rows))
+    seen = 0
     for start in range(0, len(packs), batch):
         group = [[rows[index] for index in numbers] for numbers in packs[start : start + batch]]
         chosen = [index for numbers in packs[start : start + batch] for index in numbers]
@@ -75,7 +76,8 @@ def measure(
         sums = batch_losses(model, inputs, owners(group).to(device))
         for index, value in zip(chosen, sums.tolist(), strict=True):
             nll[index] = value
-        progress.advance(len(chosen), loss=sum(nll) / max(1, sum(tokens)))
+        seen += sum(tokens[index] for index in chosen)
+        progress.advance(len(chosen), loss=sum(nll) / max(1, seen))
     progress.end()
     if not all(map(math.isfinite, nll)):
         bad = next(i for i, value in enumerate(nll) if not math.isfinite(value))

@@ -195,19 +195,21 @@ def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
 
 
 def next_command(options: PlanOptions, memory: int | None, choice: Choice | None) -> str:
-    """What to type for the choice that fits, or for what was asked for."""
+    """What to type for the choice that fits, or for what was asked for"""
+    path = Path(options.model)
+    model = options.model if not path.is_file() else str(path.parent) if path.name == "config.json" else "MODEL"
     if memory is None and options.by_weight:
         pattern = "" if options.pattern is None else f" --pattern {options.pattern}"
-        return f"loram prune {options.model} --method {options.method}{pattern} -o SMALL"
+        return f"loram prune {model} --method {options.method}{pattern} -o SMALL"
     if memory is None:
         choice = Choice(options.ratio, options.quantize, 0)
     if choice is None:
         return ""
     if choice.ratio is not None:
-        return f"loram prune {options.model} {choice.flags()} -o SMALL"
+        return f"loram prune {model} {choice.flags()} -o SMALL"
     if choice.quantize != "none":
-        return f"loram quantize {options.model} --type {choice.quantize} -o SMALL"
-    return f"loram train {options.model} --data FILE -o ADAPTER"
+        return f"loram quantize {model} --type {choice.quantize} -o SMALL"
+    return f"loram train {model} --data FILE -o ADAPTER"
 
 
 def read_model_config(model: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from loram.data.encoding import EncodedRow
 from loram.errors import MismatchError
 from loram.evaluation.losses import RowLosses, measure, paired_gain, ratio_estimate, summarize
 from loram.options import TrainOptions
+from loram.progress import Progress
 from loram.training import cross_entropy
 from loram.training.lora import wrap
 
@@ -83,6 +84,23 @@ def test_row_losses_equal_brute_force(build: Any, batch: int, chunk: int, monkey
     total, count = (sum(part) for part in zip(*expected, strict=True))
     assert summary.mean == pytest.approx(total / count, rel=1e-5)
     assert summary.perplexity == pytest.approx(math.exp(summary.mean))
+
+
+class Heard(Progress):
+    """The figures that were shown."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def advance(self, amount: int = 1, **figures: float) -> None:
+        self.losses.append(figures["loss"])
+
+
+def test_the_loss_shown_meanwhile_is_of_the_rows_so_far() -> None:
+    rows, heard = sorted(rows_of(64), key=lambda row: -len(row["input_ids"])), Heard()
+    found = measure(llama(), rows, 1, heard)
+    so_far = [sum(found.nll[: i + 1]) / sum(found.tokens[: i + 1]) for i in range(len(rows))]
+    assert heard.losses == pytest.approx(so_far)
 
 
 def test_an_adapter_changes_the_loss() -> None:

@@ -140,15 +140,17 @@ def test_single_weights_are_counted_and_take_the_memory_of_all(config: Path) -> 
     assert body["bytes"]["small"] == body["bytes"]["large"]
     assert dense.peaks["train"].total > planned(config).peaks["train"].total
     assert "their zeros are stored" in str(dense)
-    assert dense.next_command == f"loram prune {config} --method semi -o SMALL"
+    assert dense.next_command == f"loram prune {config.parent} --method semi -o SMALL"
 
 
 def test_what_to_type_next(config: Path) -> None:
-    assert planned(config).next_command == f"loram prune {config} --ratio 0.5 -o SMALL"
+    assert planned(config).next_command == f"loram prune {config.parent} --ratio 0.5 -o SMALL"
     assert planned(config, quantize="nf4").next_command.endswith("--ratio 0.5 --quantize nf4 -o SMALL")
-    assert planned(config, memory="12GiB").next_command == f"loram quantize {config} --type nf4 -o SMALL"
-    assert planned(config, memory="200GiB").next_command == f"loram train {config} --data FILE -o ADAPTER"
+    assert planned(config, memory="12GiB").next_command == f"loram quantize {config.parent} --type nf4 -o SMALL"
+    assert planned(config, memory="200GiB").next_command == f"loram train {config.parent} --data FILE -o ADAPTER"
     assert planned(config, memory="1GiB").next_command == ""
+    lone = config.rename(config.with_name("Llama.json"))
+    assert planned(lone).next_command == "loram prune MODEL --ratio 0.5 -o SMALL"
 
 
 @pytest.mark.parametrize("memory", ["", "abc", "24XB", "-3GiB"])
