@@ -75,7 +75,7 @@ def check_choices(options: StageOptions) -> None:
     for item in fields(options):
         choices = item.metadata.get("choices")
         value = getattr(options, item.name)
-        if choices and value not in choices:
+        if choices and value not in choices and not (value is None and item.default is None):
             raise OptionError(
                 f"--{flag(item.name)} is {value!r}; expected one of {', '.join(choices)}" + did_you_mean(value, choices)
             )

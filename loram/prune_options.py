@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from loram.families.sparsity import Sparsity, parse_sparsity
 from loram.families.widths import parse_ratio
 from loram.option_fields import DTYPES, StageOptions, WritingOptions, argument, flag, option, require
 
-METHODS = ("structured", "random", "semi", "unstructured", "given")
+METHODS = ("structured", "random", "semi", "unstructured", "given", "depth")
 UNIT_SCORES = ("wanda", "magnitude", "taylor")
 """Importances of whole heads and channels, for --method structured."""
 WEIGHT_SCORES = ("wanda", "magnitude", "sparsegpt")
 """Importances of single weights, for --method semi and unstructured."""
-SCORES = tuple(dict.fromkeys((*UNIT_SCORES, *WEIGHT_SCORES)))
+LAYER_SCORES = ("influence",)
+"""Importances of whole layers, for --method depth."""
+SCORES = tuple(dict.fromkeys((*UNIT_SCORES, *WEIGHT_SCORES, *LAYER_SCORES)))
+SCORES_OF = dict.fromkeys(METHODS, WEIGHT_SCORES) | {
+    "structured": UNIT_SCORES,
+    "random": SCORES,
+    "depth": LAYER_SCORES,
+}
+"""The scores that each method knows, its default first; random units need none, and any is taken."""
 RATIO, PATTERN = "0.5", "2:4"
 KEEP_FIRST, KEEP_LAST = 4, 2
 QUANTIZATIONS = ("none", "nf4", "int8")
@@ -25,27 +34,32 @@ class CutOptions(StageOptions):
 
     method: str = option(
         "structured",
-        "What is cut: heads and channels by score (structured) or at random; single weights by N:M pattern (semi) or "
-        "ratio (unstructured); or what --given has cut.",
+        "What is cut: heads and channels by score (structured) or at random; whole layers (depth); single weights by "
+        "N:M pattern (semi) or ratio (unstructured); or what --given has cut.",
         choices=METHODS,
     )
-    score: str = option(
-        "wanda",
-        f"How importance is measured; single weights: {', '.join(WEIGHT_SCORES)}; units: {', '.join(UNIT_SCORES)}.",
+    score: str | None = option(
+        None,
+        f"How importance is measured; units: {', '.join(UNIT_SCORES)}; single weights: {', '.join(WEIGHT_SCORES)}; "
+        f"layers: {', '.join(LAYER_SCORES)} (default: the first of these).",
         choices=SCORES,
     )
     ratio: str = option(
-        RATIO, "Share of each layer's heads and channels (or weights) to remove, as an exact decimal or fraction."
+        RATIO,
+        "Share of each layer's heads and channels (or of weights, or of the layers themselves) to remove, as an exact "
+        "decimal or fraction.",
     )
     pattern: str | None = option(
         None, f"With --method semi: keep N of every M consecutive weights of a row, N:M (default {PATTERN})."
     )
-    keep_first: int = option(KEEP_FIRST, "Leave the first N layers whole (single weights are pruned in every layer).")
-    keep_last: int = option(KEEP_LAST, "Leave the last N layers whole.")
+    keep_first: int = option(KEEP_FIRST, "Leave the first N layers alone (single weights are pruned in every layer).")
+    keep_last: int = option(KEEP_LAST, "Leave the last N layers alone.")
     round_to: int = option(1, "Round kept MLP channels down to a multiple of N (64 suits GPUs).")
     samples: int = option(32, "Calibration windows in all.")
     length: int = option(256, "Tokens in a calibration window.")
-    refit: bool = option(True, "With calibration: refit o and down in closed form after the cut.")
+    refit: bool = option(
+        True, "With calibration: refit o and down in closed form after the cut (depth: down before a gap)."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,24 +81,29 @@ class CutOptions(StageOptions):
             return parse_sparsity(PATTERN if self.pattern is None else self.pattern)
         return Sparsity(parse_ratio(self.ratio)) if self.method == "unstructured" else None
 
+    @property
+    def importance(self) -> str:
+        """The score that is used: the one asked for, or the method's own."""
+        return self.score or SCORES_OF[self.method][0]
+
+    def to_json(self) -> dict[str, Any]:
+        """The options with the score that is used."""
+        return super().to_json() | {"score": self.importance}
+
     def _check_method(self) -> None:
         """OptionError for an option that the method has no use for."""
-        method, score = self.method, self.score
+        method, known = self.method, SCORES_OF[self.method]
         require(self.pattern is None or method == "semi", f"--pattern has no use with --method {method}; use semi")
-        if method == "structured":
-            require(
-                score in UNIT_SCORES,
-                f"--score {score} measures single weights; for whole heads and channels use one of "
-                f"{', '.join(UNIT_SCORES)}, or prune single weights with --method semi or unstructured",
-            )
+        require(
+            self.importance in known,
+            f"--score {self.score} measures {measured(self.importance)}; with --method {method} use one of "
+            f"{', '.join(known)}",
+        )
+        if method == "depth":
+            self._check_unused(("round_to", 1), "which drops whole layers")
         if not self.by_weight:
             return
         assert self.sparsity or method == "given"  # refuses an impossible pattern
-        require(
-            score in WEIGHT_SCORES,
-            f"--score {score} measures whole heads and channels; with --method {method} use one of "
-            f"{', '.join(WEIGHT_SCORES)}",
-        )
         require(
             method == "unstructured" or self.ratio == RATIO,
             f"--ratio {self.ratio} has no use with --method {method}, which "
@@ -94,12 +113,22 @@ class CutOptions(StageOptions):
                 else "keeps what is there: leave it out"
             ),
         )
-        for name, usual in (("keep_first", KEEP_FIRST), ("keep_last", KEEP_LAST), ("round_to", 1)):
-            require(
-                getattr(self, name) in (0, usual),
-                f"--{flag(name)} {getattr(self, name)} has no use with --method {method}, which prunes single weights "
-                "of every decoder layer; leave it out",
-            )
+        for unused in (("keep_first", KEEP_FIRST), ("keep_last", KEEP_LAST), ("round_to", 1)):
+            self._check_unused(unused, "which prunes single weights of every decoder layer")
+
+    def _check_unused(self, unused: tuple[str, int], why: str) -> None:
+        """OptionError where an option (name, default) was given that means nothing to the method."""
+        name, usual = unused
+        found = getattr(self, name)
+        require(
+            found in (0, usual), f"--{flag(name)} {found} has no use with --method {self.method}, {why}; leave it out"
+        )
+
+
+def measured(score: str) -> str:
+    """What a score measures, in words."""
+    kinds = {"whole heads and channels": UNIT_SCORES, "single weights": WEIGHT_SCORES, "whole layers": LAYER_SCORES}
+    return " or ".join(what for what, known in kinds.items() if score in known)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
-"""Which units stay: the best by score, or random ones. Widths are given; indices come back sorted."""
+"""Which units or layers stay: the best by score, or random ones. Counts are given; indices come back sorted."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy
 import torch
@@ -36,3 +36,10 @@ def layer_axes(
             name = axis_name(layer, unit)
             axes[name] = Axis(name, size, kept)
     return axes
+
+
+def layers_left(influences: Sequence[float], candidates: range, dropped: int, count: int) -> tuple[int, ...]:
+    """The layers of `count` that stay when `dropped` candidates of least influence go; among equals the first stay."""
+    stay = best(torch.tensor([influences[layer] for layer in candidates]).double(), len(candidates) - dropped)
+    kept = {candidates[place] for place in stay.tolist()}
+    return tuple(layer for layer in range(count) if layer in kept or layer not in candidates)

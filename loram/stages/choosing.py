@@ -12,10 +12,12 @@ from torch import Tensor
 
 from loram.checkpoint import Checkpoint
 from loram.families import Family, Geometry, Weight
-from loram.families.widths import Widths
+from loram.families.small import without_layers
+from loram.families.widths import Cut, Widths, parse_ratio
 from loram.masks import PackedMask
 from loram.options import PruneOptions
 from loram.progress import Progress
+from loram.prune_options import CutOptions
 from loram.pruning import SCORES
 from loram.pruning.refit import refit, refit_matrix
 from loram.pruning.score import unit_scores
@@ -24,6 +26,11 @@ from loram.pruning_map import Axis, PruningMap
 from loram.quantization import STORAGES
 from loram.shards import write_tensors
 from loram.stages.given import GivenSparse
+
+
+def cut_of(options: CutOptions) -> Cut:
+    """How much is asked to go, and from where."""
+    return Cut(parse_ratio(options.ratio), options.keep_first, options.keep_last, options.round_to)
 
 
 @dataclass
@@ -39,11 +46,18 @@ class Pruning:
     given: GivenSparse | None = None
     axes: dict[str, Axis] = field(default_factory=dict)
     masks: dict[str, PackedMask] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+    influences: tuple[float, ...] = ()
 
     @property
     def source(self) -> Checkpoint:
         """Where the small model's weights are cut from."""
         return self.checkpoint if self.given is None else self.given.checkpoint
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """A raw config with as many layers as are left: what `widths` speaks of, before it is known which they are."""
+        return without_layers(self.checkpoint.config, range(len(self.widths.mlp)))
 
     @property
     def cut_layers(self) -> list[int]:
@@ -53,26 +67,30 @@ class Pruning:
 
     @property
     def refits(self) -> bool:
-        """Whether o and down are refitted: whenever there is calibration text and --refit."""
-        return self.options.refit and self.windows is not None and not self.options.by_weight
+        """Whether o and down are refitted: whenever there is calibration text and --refit, and it is in closed form.
+
+        What a gap lacks can be added to down only where nothing stands between down and the residual stream.
+        """
+        possible = not self.options.by_weight and (self.options.method != "depth" or self.family.adds_outputs)
+        return self.options.refit and self.windows is not None and possible
 
     @property
     def map(self) -> PruningMap:
-        """The map made of the axes and masks chosen so far."""
-        return PruningMap(self.family, self.geometry, self.axes, self.masks)
+        """The map made of the axes, masks and layers chosen so far."""
+        return PruningMap(self.family, self.geometry, self.axes, self.masks, self.layers)
 
     @property
     def compression(self) -> tuple[str, ...]:
         """What is done to the large weights, in order."""
         storage = STORAGES.get(self.options.quantize)
-        done = ["mask"] if self.options.by_weight else ["axes", *(["refit"] if self.refits else [])]
-        return (*done, *([] if storage is None else [storage.name]))
+        cut = "mask" if self.options.by_weight else "depth" if self.options.method == "depth" else "axes"
+        return (cut, *(["refit"] if self.refits else []), *([] if storage is None else [storage.name]))
 
 
 def choose(work: Pruning, spill: Path, progress: Progress) -> None:
     """Fill `work.axes` layer by layer, and the refitted weights of each layer into `spill`."""
     layers = work.cut_layers
-    score = SCORES[work.options.score]
+    score = SCORES[work.options.importance]
     scores = scores_beforehand(work, layers)
     progress.begin("score", len(layers))
 
@@ -95,7 +113,7 @@ def choose(work: Pruning, spill: Path, progress: Progress) -> None:
 
 def scores_beforehand(work: Pruning, layers: list[int]) -> dict[int, Any]:
     """Per layer the scores (or the random generator) that need no pass over its inputs."""
-    score = SCORES[work.options.score]
+    score = SCORES[work.options.importance]
     if work.options.method == "random":
         return dict.fromkeys(layers, numpy.random.default_rng(work.options.seed))
     if score.needs == "weights":
@@ -127,7 +145,7 @@ def layer_scores(
         return moments[weight.name].diagonal().clamp_min(0).sqrt() if moments else torch.empty(0)
 
     return unit_scores(
-        SCORES[work.options.score],
+        SCORES[work.options.importance],
         work.family,
         work.geometry,
         lambda weight: work.checkpoint.tiles(f"{work.family.module(layer, weight)}.weight"),

@@ -246,14 +246,14 @@ def workload(options: PlanOptions) -> Workload:
 
 def prune_memory(options: PlanOptions, config: dict[str, Any]) -> MemoryPlan:
     """Peak of prune: a few tiles when it streams, a block with what is known of its inputs when it calibrates."""
-    if options.method in ("random", "given") or options.score == "magnitude":
+    if options.method in ("random", "given") or options.importance == "magnitude":
         return streaming_memory()
     return calibrated_memory(
         config,
         options.samples,
         options.length,
-        gradients=options.score == "taylor",
-        hessians=options.score == "sparsegpt",
+        gradients=options.importance == "taylor",
+        hessians=options.importance == "sparsegpt",
     )
 
 

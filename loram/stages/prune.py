@@ -18,7 +18,7 @@ from loram.declared import check_tensors
 from loram.errors import KindError
 from loram.families import Family, Geometry, family_of
 from loram.families.small import small_config
-from loram.families.widths import Cut, Widths, describe_uncut, parse_ratio, whole_widths
+from loram.families.widths import Widths, describe_uncut, whole_widths
 from loram.hub.download import resolve_model
 from loram.masks import MASK_FILE
 from loram.memory import check_disk
@@ -31,9 +31,9 @@ from loram.quantization.storage import bitsandbytes_functions
 from loram.quantization.writing import stored_bytes, write_stored
 from loram.sizes import parameters
 from loram.stages.carried import MODEL_FILES, copy_files
-from loram.stages.choosing import Pruning, choose
+from loram.stages.choosing import Pruning, choose, cut_of
 from loram.stages.given import open_given
-from loram.stages.pruned import UNCALIBRATED, PruneResult
+from loram.stages.pruned import UNCALIBRATED, PruneResult, depth_words
 from loram.stages.sparsify import Sparsifying, check_widths, removed, sparsify
 
 __all__ = ["PruneResult", "prune"]
@@ -62,13 +62,12 @@ def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
             opened.enter_context(given.checkpoint)
         windows = calibration(options, folder)
         work = Pruning(options, checkpoint, family, geometry, widths, windows, given)
-        result = outcome(work)
         if not options.dry_run:
             check_disk(options.out, needed_bytes(work))
             with drafting(options.out, force=options.force, inputs=[folder, *inputs]) as draft:
                 base = describe_base(folder, options.base_id, options.revision, seen_from=draft.out)
                 write(work, draft, base, progress)
-        return result
+        return outcome(work)
 
 
 def small_widths(options: PruneOptions, family: Family, geometry: Geometry) -> Widths:
@@ -77,34 +76,41 @@ def small_widths(options: PruneOptions, family: Family, geometry: Geometry) -> W
         if options.sparsity is not None:
             check_widths(family, geometry, options.sparsity)
         return whole_widths(geometry.layers, geometry.kv_heads, geometry.mlp)
-    cut = Cut(parse_ratio(options.ratio), options.keep_first, options.keep_last, options.round_to)
+    cut = cut_of(options)
+    if options.method == "depth":
+        return whole_widths(geometry.layers - cut.depth(geometry.layers), geometry.kv_heads, geometry.mlp)
     return cut.widths(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.mlp)
 
 
 def outcome(work: Pruning) -> PruneResult:
-    """What will have been done: counts and notes."""
-    options, geometry, config = work.options, work.geometry, work.checkpoint.config
-    large = small = parameters(config)
-    masked, notes = "", calibration_notes(options)
-    if not options.by_weight:
-        small = parameters(config, work.widths)
+    """What was done, or would be: counts and notes."""
+    options, geometry = work.options, work.geometry
+    large, small = parameters(work.checkpoint.config), parameters(work.shape, work.widths)
+    cut, notes = "", calibration_notes(options)
+    if options.method == "depth":
+        cut = depth_words(geometry.layers, len(work.widths.mlp), work.layers, work.influences)
+        if not work.refits and options.refit:
+            notes.append(f"nothing was refitted: a norm follows down in {work.family.name}; `loram align` repairs it")
+    elif not options.by_weight:
         notes = [*describe_uncut(geometry.kv_heads, geometry.mlp, work.widths), *notes]
     elif work.given is not None:
         small -= work.given.removed
-        masked = f"the zeros of {options.given} are the mask of {len(work.given.zeros)} weights"
+        cut = f"the zeros of {options.given} are the mask of {len(work.given.zeros)} weights"
         if not work.given.same_norm:
             notes.append(
                 f"the final norm of {options.given} is not MODEL's: it may have been pruned from another model"
             )
     elif options.sparsity is not None:
-        small -= removed(work.family, work.checkpoint, options.sparsity, options.score)
+        small -= removed(work.family, work.checkpoint, options.sparsity, options.importance)
         how = f"{options.sparsity.keep}:{options.sparsity.group}" if options.sparsity.group else options.ratio
-        masked = f"all shapes stay; {options.score} put zeros into every decoder Linear ({how})"
+        cut = f"all shapes stay; {options.importance} put zeros into every decoder Linear ({how})"
     return PruneResult(
         large=large,
         small=small,
         widths=work.widths,
-        masked=masked,
+        cut=cut,
+        layers=work.layers,
+        influences=work.influences,
         notes=tuple(notes),
         path=None if options.dry_run else Path(options.out),
         next_command=f"loram train {options.out} --data FILE -o ADAPTER",
@@ -114,8 +120,12 @@ def outcome(work: Pruning) -> PruneResult:
 def needed_bytes(work: Pruning) -> int:
     """Room on the disk, at most: the small checkpoint, and with masks what is put aside until it is written."""
     size = max(entry.dtype.itemsize for entry in work.source.entries.values())
-    total = parameters(work.checkpoint.config, work.widths) * size
-    return total if not work.options.by_weight else total * (2 if work.options.score == "sparsegpt" else 1) + total // 8
+    total = parameters(work.shape, work.widths) * size
+    return (
+        total
+        if not work.options.by_weight
+        else total * (2 if work.options.importance == "sparsegpt" else 1) + total // 8
+    )
 
 
 def calibration(options: PruneOptions, folder: Path) -> Tensor | None:
@@ -140,7 +150,9 @@ def needs_inputs(options: PruneOptions) -> bool:
     """Whether nothing can be chosen without calibration text."""
     if options.method in ("random", "given"):
         return False
-    return (WEIGHT_SCORES if options.by_weight else SCORES)[options.score].needs != "weights"
+    if options.method == "depth":
+        return True
+    return (WEIGHT_SCORES if options.by_weight else SCORES)[options.importance].needs != "weights"
 
 
 def calibration_notes(options: PruneOptions) -> list[str]:
@@ -163,6 +175,10 @@ def write(work: Pruning, draft: Draft, base: Base, progress: Progress) -> None:
     spill.mkdir()
     if work.options.by_weight:
         choose_masks(work, spill, progress)
+    elif work.options.method == "depth":
+        from loram.stages.dropping import drop_layers  # transformers: not for streaming
+
+        drop_layers(work, spill, progress)
     else:
         choose(work, spill, progress)
     pruning_map = work.map
@@ -187,7 +203,7 @@ def choose_masks(work: Pruning, spill: Path, progress: Progress) -> None:
     if work.given is not None:
         work.masks.update(work.given.masks(spill))
         return
-    sparsity, score = work.options.sparsity, WEIGHT_SCORES[work.options.score]
+    sparsity, score = work.options.sparsity, WEIGHT_SCORES[work.options.importance]
     assert sparsity is not None
     found = Sparsifying(work.checkpoint, work.family, work.geometry, sparsity, score, spill)
     sparsify(found, work.windows, progress)
@@ -199,7 +215,7 @@ def write_weights(
 ) -> dict[str, Any]:
     """The small checkpoint's shards, in the storage asked for; returns its config."""
     storage, source = STORAGES.get(work.options.quantize), work.source
-    config = small_config(source.config, work.widths)
+    config = small_config(spelled(source.config, work.layers), work.widths, work.layers)
     if storage is None:
         progress.begin("cut", small_bytes(source, pruning_map))
         draft.digests.update(write_small(source, pruning_map, refitted, draft.path, advance=progress.advance))
@@ -210,6 +226,15 @@ def write_weights(
         config = stored_config(config, storage, sources)
     progress.end()
     return config
+
+
+def spelled(config: dict[str, Any], layers: tuple[int, ...] | None) -> dict[str, Any]:
+    """The large model's config; where layers went, with every list that follows from their numbers."""
+    if layers is None:
+        return config
+    from loram.modeling import spelled_out  # transformers: not for streaming
+
+    return spelled_out(config)
 
 
 def spilled(spill: Path) -> Refitted:

@@ -19,16 +19,21 @@ class PruneResult(StageResult):
     small: int
     widths: Widths
     notes: tuple[str, ...] = ()
-    masked: str = ""
-    """What single weights were pruned by; then `small` counts those that stay."""
+    cut: str = ""
+    """What went, where it is not the same share of each cut layer. `small` counts what stays, not zeros."""
+    layers: tuple[int, ...] | None = None
+    influences: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """path, params.large, params.small."""
+        """path, params.large, params.small; for depth the kept `layers` and every layer's `influences`."""
         reduction = self.large / self.small
-        return super().to_json() | {
+        body = super().to_json() | {
             "params": {"large": self.large, "small": self.small, "reduction": reduction},
             "notes": list(self.notes),
         }
+        if self.layers is None:
+            return body
+        return body | {"layers": list(self.layers), "influences": list(self.influences)}
 
     def summary(self) -> str:
         """Counts, widths, and what a reader should mind."""
@@ -36,6 +41,18 @@ class PruneResult(StageResult):
         whole = max(self.widths.mlp), max(self.widths.kv_heads)
         lines = [
             f"{self.large:,} → {self.small:,} parameters ({self.large / self.small:.2f}×)",
-            self.masked or f"cut layers keep {cut[0]} of {whole[0]} channels and {cut[1]} of {whole[1]} kv heads",
+            self.cut or f"cut layers keep {cut[0]} of {whole[0]} channels and {cut[1]} of {whole[1]} kv heads",
         ]
         return "\n".join([*lines, *self.notes])
+
+
+def depth_words(count: int, left: int, kept: tuple[int, ...] | None, influences: tuple[float, ...]) -> str:
+    """Which of `count` layers went, with their block influence beside that of those that might have."""
+    if kept is None:
+        return f"{count - left} of {count} layers will go: those of least block influence"
+    gone = [layer for layer in range(count) if layer not in kept]
+    most = max(influences[layer] for layer in gone)
+    return (
+        f"{len(gone)} of {count} layers went: {', '.join(map(str, gone))} (block influence at most {most:.3f}; "
+        f"over all layers that were measured {min(influences):.3f} to {max(influences):.3f})"
+    )
