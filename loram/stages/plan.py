@@ -11,8 +11,9 @@ from loram.activations import Workload
 from loram.advice import Change, Training, cheapest
 from loram.artifact import read_json
 from loram.errors import FamilyError, InputError, OptionError
-from loram.families import family_of, is_small_config
-from loram.families.widths import Cut, Widths, describe_uncut, parse_ratio
+from loram.families import Geometry, family_of, is_small_config
+from loram.families.small import without_layers
+from loram.families.widths import Cut, describe_uncut, parse_ratio
 from loram.hub.download import resolve_model
 from loram.memory import format_bytes, parse_bytes
 from loram.memory_model import (
@@ -164,15 +165,14 @@ def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
     config = read_model_config(options.model)
     family = family_of(config)
     geometry = family.geometry(config)
-    widths = None if options.by_weight else widths_at(options, config, parse_ratio(options.ratio))
     hardware, work = HARDWARE[options.device], workload(options)
-    small_model = Model(config, widths, options.quantize)
-    large, small = count(config), count(config, widths)
+    small_model = cut_model(options, config, None if options.by_weight else parse_ratio(options.ratio))
+    large, small = count(config), count(small_model.config, small_model.widths)
     memory = None if options.memory is None else parse_bytes(options.memory)
     tried, choice = choices(options, config, memory) if memory is not None else ((), None)
     peaks = {
         "prune": prune_memory(options, config),
-        "align": training_memory(Model(config, widths), replace(work, rank=0), hardware),
+        "align": training_memory(replace(small_model, quantize="none"), replace(work, rank=0), hardware),
         "train": training_memory(small_model, work, hardware),
         "recover": recovery_memory(config, options.rank, options.targets),
         "merge": streaming_memory(),
@@ -189,13 +189,23 @@ def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
         tried=tried,
         changes=cheapest(Training(small_model, work, hardware), memory) if unfit else (),
         nonzero=large.total - options.sparsity.removed(large.linear) if options.sparsity else None,
-        notes=(DENSE,) if widths is None else tuple(describe_uncut(geometry.kv_heads, geometry.mlp, widths)),
+        notes=notes_on(options, geometry, small_model),
         next_command=next_command(options, memory, choice),
     )
 
 
+def notes_on(options: PlanOptions, geometry: Geometry, small: Model) -> tuple[str, ...]:
+    """What a reader should know about the cut."""
+    if options.by_weight:
+        return (DENSE,)
+    if small.widths is None:
+        left = int(small.config["num_hidden_layers"])
+        return (f"{left} of {geometry.layers} layers stay; which ones, prune decides by its calibration text",)
+    return tuple(describe_uncut(geometry.kv_heads, geometry.mlp, small.widths))
+
+
 def next_command(options: PlanOptions, memory: int | None, choice: Choice | None) -> str:
-    """What to type for the choice that fits, or for what was asked for"""
+    """What to type for the choice that fits, or for what was asked for."""
     path = Path(options.model)
     model = options.model if not path.is_file() else str(path.parent) if path.name == "config.json" else "MODEL"
     if memory is None and options.by_weight:
@@ -206,7 +216,8 @@ def next_command(options: PlanOptions, memory: int | None, choice: Choice | None
     if choice is None:
         return ""
     if choice.ratio is not None:
-        return f"loram prune {model} {choice.flags()} -o SMALL"
+        method = "" if options.method == "structured" else f"--method {options.method} "
+        return f"loram prune {model} {method}{choice.flags()} -o SMALL"
     if choice.quantize != "none":
         return f"loram quantize {model} --type {choice.quantize} -o SMALL"
     return f"loram train {model} --data FILE -o ADAPTER"
@@ -224,11 +235,18 @@ def read_model_config(model: str) -> dict[str, Any]:
     return config
 
 
-def widths_at(options: PlanOptions, config: dict[str, Any], ratio: Fraction) -> Widths:
-    """Widths at a ratio, with the other options as given."""
+def cut_model(options: PlanOptions, config: dict[str, Any], ratio: Fraction | None, quantize: str = "") -> Model:
+    """The small model at a ratio (None: of the large one's shape), with the other options as given."""
+    quantize = quantize or options.quantize
+    if ratio is None:
+        return Model(config, None, quantize)
     geometry = family_of(config).geometry(config)
     cut = Cut(ratio, options.keep_first, options.keep_last, options.round_to)
-    return cut.widths(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.mlp)
+    if options.method == "depth":
+        # Any layers: they have one size, and only which of them have a sliding window is not known yet.
+        return Model(without_layers(config, range(geometry.layers - cut.depth(geometry.layers))), None, quantize)
+    widths = cut.widths(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.mlp)
+    return Model(config, widths, quantize)
 
 
 def workload(options: PlanOptions) -> Workload:
@@ -254,6 +272,7 @@ def prune_memory(options: PlanOptions, config: dict[str, Any]) -> MemoryPlan:
         options.length,
         gradients=options.importance == "taylor",
         hessians=options.importance == "sparsegpt",
+        moments=options.method != "depth" or (options.refit and family_of(config).adds_outputs),
     )
 
 
@@ -263,9 +282,9 @@ def choices(options: PlanOptions, config: dict[str, Any], memory: int) -> tuple[
     work, hardware = workload(options), HARDWARE[options.device]
 
     def choice(ratio: Fraction | None, quantize: str) -> Choice:
-        widths = None if ratio is None else widths_at(options, config, ratio)
         spelled = None if ratio is None else f"{float(ratio):g}"
-        return Choice(spelled, quantize, training_memory(Model(config, widths, quantize), work, hardware).total)
+        model = cut_model(options, config, ratio, quantize)
+        return Choice(spelled, quantize, training_memory(model, work, hardware).total)
 
     tried = [choice(None, "none"), choice(None, "nf4")]
     for quantize in ("nf4", "none"):
