@@ -67,12 +67,19 @@ class Pruning:
 
     @property
     def refits(self) -> bool:
-        """Whether o and down are refitted: whenever there is calibration text and --refit, and it is in closed form.
+        """Whether o and down are refitted: whenever there is calibration text and --refit."""
+        wanted = self.options.refit and self.windows is not None and not self.options.by_weight
+        return wanted and (self.options.method != "depth" or self.mends)
 
-        What a gap lacks can be added to down only where nothing stands between down and the residual stream.
+    @property
+    def mends(self) -> bool:
+        """Whether a gap can be mended in closed form.
+
+        That takes a layer before it whose down is added to the residual stream as it is, without a norm in between.
         """
-        possible = not self.options.by_weight and (self.options.method != "depth" or self.family.adds_outputs)
-        return self.options.refit and self.windows is not None and possible
+        count = self.geometry.layers
+        leading = self.layers is not None and self.layers == tuple(range(count))[-len(self.layers) :]
+        return self.family.adds_outputs and not leading
 
     @property
     def map(self) -> PruningMap:

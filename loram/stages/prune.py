@@ -89,7 +89,7 @@ def outcome(work: Pruning) -> PruneResult:
     cut, notes = "", calibration_notes(options)
     if options.method == "depth":
         cut = depth_words(geometry.layers, len(work.widths.mlp), work.layers, work.influences)
-        if not work.refits and options.refit:
+        if options.refit and not work.family.adds_outputs:
             notes.append(f"nothing was refitted: a norm follows down in {work.family.name}; `loram align` repairs it")
     elif not options.by_weight:
         notes = [*describe_uncut(geometry.kv_heads, geometry.mlp, work.widths), *notes]
