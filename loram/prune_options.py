@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from loram.families.sparsity import Sparsity, parse_sparsity
 from loram.families.widths import parse_ratio
@@ -41,7 +40,7 @@ class CutOptions(StageOptions):
     score: str | None = option(
         None,
         f"How importance is measured; units: {', '.join(UNIT_SCORES)}; single weights: {', '.join(WEIGHT_SCORES)}; "
-        f"layers: {', '.join(LAYER_SCORES)} (default: the first of these).",
+        f"layers: {', '.join(LAYER_SCORES)}; by default the first of these.",
         choices=SCORES,
     )
     ratio: str = option(
@@ -65,6 +64,7 @@ class CutOptions(StageOptions):
         super().__post_init__()
         parse_ratio(self.ratio)
         self._check_method()
+        object.__setattr__(self, "score", self.importance)  # what is recorded is what was used
         require(self.keep_first >= 0 and self.keep_last >= 0, "--keep-first and --keep-last must be 0 or more")
         require(self.round_to >= 1, f"--round-to is {self.round_to}; it must be 1 or more")
         require(self.samples >= 1 and self.length >= 2, "--samples must be at least 1 and --length at least 2")
@@ -85,10 +85,6 @@ class CutOptions(StageOptions):
     def importance(self) -> str:
         """The score that is used: the one asked for, or the method's own."""
         return self.score or SCORES_OF[self.method][0]
-
-    def to_json(self) -> dict[str, Any]:
-        """The options with the score that is used."""
-        return super().to_json() | {"score": self.importance}
 
     def _check_method(self) -> None:
         """OptionError for an option that the method has no use for."""
