@@ -81,6 +81,8 @@ def all_finite(values: Tensor) -> bool:
     """Whether there is no NaN and no Inf, told in two quick passes over the bits."""
     if values.dtype not in FLOATS or not values.numel():
         return True
+    if values.device.type != "cpu":
+        return bool(values.isfinite().all())
     bits = values.contiguous().reshape(-1).view(torch.uint8).numpy().view(f"u{values.element_size()}")
     return finite_numbers(bits, DTYPE_NAMES[values.dtype])
 

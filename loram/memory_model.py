@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loram.activations import Layer, Workload, backward_bytes, kept_by_layer, layers_of, loss_bytes
+from loram.activations import Layer, Workload, backward_bytes, chunk_rows, kept_by_layer, layers_of, loss_bytes
 from loram.families import family_of
 from loram.families.widths import Widths
 from loram.sizes import BITS, ENDS, VALUE_BYTES, count, is_target, lora_parameters
@@ -146,6 +146,26 @@ def loading_bytes(model: Model, work: Workload, hardware: Hardware) -> int:
     counts = count(model.config, model.widths)
     quantized = counts.linear if model.quantize != "none" else 0
     return int((counts.total - quantized) * VALUE_BYTES[model.stored] + quantized * BITS[model.quantize] / 8)
+
+
+def forward_memory(model: Model, work: Workload) -> MemoryPlan:
+    """What a whole model takes to be measured, beside what the process holds already; estimated from above.
+
+    No gradients: a layer's widest values come and go, and a chunk of logits.
+    """
+    geometry = family_of(model.config).geometry(model.config)
+    layers = layers_of(model.config, model.widths)
+    widest = max(3 * layer.channels + 2 * layer.queries + 2 * layer.keys for layer in layers) + 3 * geometry.hidden
+    scores = max(layer.heads for layer in layers) * work.length * 2 if work.attention == "eager" else 0
+    rows = min(work.tokens, chunk_rows(geometry.vocab))
+    weights = {key: value for key, value in resident(model, work, CPU).items() if key != "runtime"}
+    return MemoryPlan(
+        weights
+        | {
+            "activations": work.tokens * (widest + scores) * work.value_bytes,
+            "logits and loss": rows * geometry.vocab * 4 * 2 + work.tokens * geometry.hidden * work.value_bytes,
+        }
+    )
 
 
 def streaming_memory() -> MemoryPlan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,6 +47,10 @@ class Block:
     def name(self) -> str:
         """The layer's module name: `model.layers.3`."""
         return f"{self.runner.family.prefix}{self.number}"
+
+    def on(self, hidden: Hidden) -> Block:
+        """The same layer, with other hidden states as its input; their windows may have another length."""
+        return replace(self, hidden=hidden, arguments=self.runner.arguments(hidden.shape[1])[self.number])
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer on some windows (rows, T, hidden), on the runner's device; with gradients where they are on."""
@@ -215,7 +219,7 @@ class BlockRunner:
         """One block with its weights, while the context lasts; `hidden` is its input."""
         layer = self.model.get_decoder().layers[number]
         name = f"{self.family.prefix}{number}"
-        arguments = self._arguments_of(hidden.shape[1])[number]
+        arguments = self.arguments(hidden.shape[1])[number]
         with self._filled(layer, {key: self.read(f"{name}.{key}") for key in layer.state_dict()}):
             yield Block(number, layer, hidden, self, arguments)
 
@@ -284,7 +288,7 @@ class BlockRunner:
             for key, (owner, leaf) in slots.items():
                 setattr(owner, leaf, before[key])
 
-    def _arguments_of(self, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def arguments(self, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """What the stock model hands each of its layers for windows of this length."""
         if length not in self._arguments:
             self._arguments[length] = moved(record(self.model, length, self.dtype), self.device)

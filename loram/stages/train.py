@@ -93,8 +93,8 @@ def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
     rows, summary = encode(sources, tokenizer, length, long=options.long, stops=stop_tokens(folder, tokenizer))
     logger.info("%s", summary)
     rows, held = held_out(options, rows, tokenizer, length)
-    watch = watch_of(options, held, folder, small)
     training = training_of(options, folder, small, rows)
+    watch = watch_of(options, held, folder, small, training)
     warn(training)
     if options.dry_run:
         return TrainResult(data=summary, training=training)

@@ -1,6 +1,6 @@
 """What train measures meanwhile: the held-out loss of what it trains and, recovered on the fly, of the large model.
 
-The large model is loaded at the first measurement and stays; where it does not fit, that is said and left out.
+The large model is loaded at the first measurement and stays; where it does not fit, it is measured block by block.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ from typing import Any
 import torch
 
 from loram.adapter import load_adapter
+from loram.advice import Training
 from loram.artifact import Manifest
 from loram.data.encoding import EncodedRow, encode
 from loram.data.sources import read_sources
 from loram.device import place, resolve_dtype
-from loram.errors import InputError, OptionError, ResourceError
+from loram.errors import InputError, OptionError
 from loram.evaluation.losses import measure, summarize
+from loram.evaluation.room import whole_bytes
+from loram.evaluation.streamed import StreamedModel
 from loram.evaluation.subjects import attach
-from loram.memory import available_bytes, format_bytes
+from loram.memory import format_bytes
 from loram.modeling import load_model
 from loram.options import TrainOptions
 from loram.pruning_map import PruningMap, read_map
+from loram.stages.fitting import limit_bytes
 from loram.stages.lineage import check_base, find_large
 from loram.stages.recover import recover_adapter
 from loram.training.lora import save_adapter
@@ -60,7 +64,9 @@ def held_out(
     return kept, [seen[distinct[number]] for number in numbers]
 
 
-def watch_of(options: TrainOptions, held: list[EncodedRow], folder: Path, small: Manifest | None) -> Watch:
+def watch_of(
+    options: TrainOptions, held: list[EncodedRow], folder: Path, small: Manifest | None, training: Training
+) -> Watch:
     """The measures that the options ask for."""
     if not held:
         return Watch()
@@ -70,8 +76,8 @@ def watch_of(options: TrainOptions, held: list[EncodedRow], folder: Path, small:
             raise OptionError(
                 "--recover-eval is about small models; of a plain one the held-out loss says it all: leave it out"
             )
-        large = large_model(options, held, folder, small)
-        measures += [Measure(LARGE_LOSS, options.recover_eval, large)] if large else []
+        large = large_model(options, held, folder, small, training)
+        measures.append(Measure(LARGE_LOSS, options.recover_eval, large))
     return Watch(tuple(measures), options.patience, LARGE_LOSS if options.stop_on == "large" else SMALL_LOSS)
 
 
@@ -82,44 +88,53 @@ def loss_of(model: Any, rows: list[EncodedRow], batch: int) -> float:
 
 @dataclass
 class LargeModel:
-    """Measures the large model with what the small one's adapter has become."""
+    """Measures the large model with what the small one's adapter has become; `whole` is None until it is loaded."""
 
     folder: Path
     pruning_map: PruningMap
     rows: list[EncodedRow]
     batch: int
     dtype: str
-    loaded: Any = field(default=None)
+    fits: bool
+    whole: Any = field(default=None)
 
     def __call__(self, model: Any) -> float:
         """Recover, attach, measure, detach."""
         # Loading and attaching draw random numbers for weights that are overwritten; training must not notice.
         with TemporaryDirectory() as scratch, torch.random.fork_rng():
-            if self.loaded is None:
-                self.loaded = place(load_model(self.folder, dtype=self.dtype))
             save_adapter(model, Path(scratch), "small")
             recovered = recover_adapter(load_adapter(scratch), self.pruning_map, "the adapter in training").portable()
+            if not self.fits:
+                streamed = StreamedModel(self.folder, self.batch, self.dtype)
+                return summarize(streamed.measure(self.rows, recovered)).mean
+            if self.whole is None:
+                self.whole = place(load_model(self.folder, dtype=self.dtype))
             recovered.save(scratch, "large")
-            adapted = attach(self.loaded, Path(scratch))
+            adapted = attach(self.whole, Path(scratch))
         loss = loss_of(adapted, self.rows, self.batch)
-        self.loaded = adapted.unload()
+        self.whole = adapted.unload()
         return loss
 
 
-def large_model(options: TrainOptions, held: list[EncodedRow], folder: Path, small: Manifest) -> LargeModel | None:
-    """The measure of the large model; None, with a warning, where it does not fit and nothing depends on it."""
+def large_model(
+    options: TrainOptions, held: list[EncodedRow], folder: Path, small: Manifest, training: Training
+) -> LargeModel:
+    """The measure of the large model: whole where it fits beside the training, block by block where it does not."""
     found = find_large(folder, small, None)
     if found is None or small.base is None:
         raise InputError(
             f"--recover-eval: the large model that {folder} was cut from is not there; leave the option out"
         )
     check_base(small.base, found)
-    needed = sum(file.stat().st_size for file in found.glob("*.safetensors"))
-    free = available_bytes() if not torch.cuda.is_available() else torch.cuda.mem_get_info()[0]
-    if not done_by_writer(lambda: needed * 1.2 <= free):
-        sentence = f"the large model takes {format_bytes(needed)} and {format_bytes(free)} are free"
-        if options.stop_on == "large":
-            raise ResourceError(f"--recover-eval: {sentence}; leave it out, and --stop-on large with it")
-        logger.warning("--recover-eval is left out: %s", sentence)
-        return None
-    return LargeModel(found, read_map(folder), held, options.batch, resolve_dtype(options.dtype))
+    dtype = resolve_dtype(options.dtype)
+    needed = whole_bytes(found, held, options.batch, dtype) or 0
+    free = limit_bytes(training) - training.peak
+    fits = bool(done_by_writer(lambda: needed <= free))
+    if not fits:
+        logger.info(
+            "--recover-eval: the large model takes %s, and beside the training %s are free: its loss is measured block "
+            "by block, every weight read once each time",
+            format_bytes(needed),
+            format_bytes(max(0, free)),
+        )
+    return LargeModel(found, read_map(folder), held, options.batch, dtype, fits)

@@ -6,6 +6,7 @@ bf16 base. Saving never takes base weights along (peft does for lm_head and embe
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -25,12 +26,14 @@ from loram.options import TrainOptions
 from loram.shards import write_tensors
 from loram.train_options import parse_layers, parse_pattern
 
+logger = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"
 
 
 def wrap(model: PreTrainedModel, options: TrainOptions) -> PeftModel:
     """The model with fresh LoRA weights; the base is frozen."""
     config = lora_config(model, options)
+    warn_of_tied_ends(model, config)
     set_seed(options.seed)
     with without_peft_noise():
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -40,9 +43,11 @@ def wrap(model: PreTrainedModel, options: TrainOptions) -> PeftModel:
 
 @contextmanager
 def without_peft_noise() -> Iterator[None]:
-    """peft 0.21 asks transformers 5.23 by a deprecated name, which no user of loram can do anything about."""
+    """peft 0.21 asks transformers 5.23 by a deprecated name, which no user of loram can do anything about; and what it
+    says of tied embeddings, `warn_of_tied_ends` says in loram's words."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         yield
 
 
@@ -62,6 +67,19 @@ def lora_config(model: PreTrainedModel, options: TrainOptions) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def warn_of_tied_ends(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Say before the training what an adapter on one of two tied weights cannot be used for."""
+    targets = config.target_modules or ()
+    ends = [end for end in ("embed_tokens", "lm_head") if any(target.rpartition(".")[2] == end for target in targets)]
+    if ends and model.config.tie_word_embeddings:
+        logger.warning(
+            "%s is one weight with the model's %s: the adapter will change one of the two and works with PEFT, but it "
+            "cannot be merged, and servers do not read it; leave it out of --targets for that",
+            ends[0],
+            "lm_head" if ends[0] == "embed_tokens" else "embed_tokens",
+        )
 
 
 def plain_number(value: float) -> float:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loram.errors import DataError, InputError, KindError, MismatchError, OptionError
+from loram.errors import DataError, InputError, KindError, MismatchError, OptionError, ResourceError
+from loram.evaluation import subjects
 from loram.modeling import load_model
 from loram.options import EvalOptions, PruneOptions, RecoverOptions, TrainOptions
 from loram.stages.evaluate import evaluate
@@ -112,6 +113,27 @@ def test_the_ladder_has_every_rung_with_its_own_loss(work: Path) -> None:
     assert "of what LoRA on the large model itself gains" in body["verdict"]
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_models_that_do_not_fit_are_measured_block_by_block(
+    work: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, packing: bool
+) -> None:
+    """The whole ladder, large and small: the same figures, chosen by itself and said a line for each model."""
+    asked = options(work, adapter="recovered", compare=True, ceiling="ceiling", packing=packing, max_length=64)
+    whole = evaluate(asked)
+    monkeypatch.setattr(subjects, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(subjects, "load_model", None)
+    with caplog.at_level(logging.INFO):
+        blocks = evaluate(asked)
+    assert caplog.text.count("it is measured block by block") == 2
+    assert blocks.losses.nll == pytest.approx(whole.losses.nll, rel=1e-5)
+    assert whole.ladder is not None
+    assert blocks.ladder is not None
+    for one, other in zip(whole.ladder.rows, blocks.ladder.rows, strict=True):
+        assert (one.name, one.loss) == (other.name, pytest.approx(other.loss, rel=1e-5))
+    with pytest.raises(ResourceError, match=r"1000 B are free; --generate needs it whole"):
+        evaluate(options(work, generate=True))
+
+
 def test_rungs_that_cannot_be_found_are_left_out_and_said(
     work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -167,7 +189,11 @@ def test_what_does_not_belong_together_is_refused(
         evaluate(options(work, **changes))
 
 
-def test_an_adapter_of_other_weights_or_shapes_is_refused(work: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("free", [2**60, 1000], ids=["whole", "by blocks"])
+def test_an_adapter_of_other_weights_or_shapes_is_refused(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    monkeypatch.setattr(subjects, "free_bytes", lambda: free)
     other = AutoModelForCausalLM.from_pretrained(work / "large")
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
@@ -182,7 +208,9 @@ def test_an_adapter_of_other_weights_or_shapes_is_refused(work: Path, tmp_path: 
         evaluate(options(work, adapter=str(tmp_path / "foreign")))
 
 
-def test_an_adapter_with_nan_is_refused(work: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("free", [2**60, 1000], ids=["whole", "by blocks"])
+def test_an_adapter_with_nan_is_refused(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(subjects, "free_bytes", lambda: free)
     shutil.copytree(work / "recovered", tmp_path / "nan")
     tensors = load_file(tmp_path / "nan" / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = math.nan

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from loram.data.encoding import EncodedRow
-from loram.errors import Interrupted, OptionError, ResourceError
+from loram.errors import Interrupted, OptionError
 from loram.options import EvalOptions, PruneOptions, RecoverOptions, TrainOptions
 from loram.progress import Progress
 from loram.stages import watching
@@ -138,16 +138,41 @@ def test_a_split_holds_rows_out(work: Path, tmp_path: Path) -> None:
         train(options(work, tmp_path / "b", eval_data=(), eval_split=12.0))
 
 
-def test_a_large_model_that_does_not_fit_is_left_out_or_refused(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("changes", [{}, {"packing": True}], ids=["rows", "packed"])
+def test_a_large_model_that_does_not_fit_is_measured_block_by_block(
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(watching, "available_bytes", lambda: 1000)
-    with caplog.at_level(logging.WARNING):
-        train(options(work, tmp_path / "out", recover_eval=2, eval_every=2))
-    assert "--recover-eval is left out: the large model takes 1.6 MiB" in caplog.text
-    assert not any("large_loss" in line for line in lines(tmp_path / "out"))
-    with pytest.raises(ResourceError, match="leave it out"):
-        train(options(work, tmp_path / "b", recover_eval=2, stop_on="large", patience=1))
+    """The same losses, chosen without being asked for and said once; the training itself does not notice."""
+    watched = {"recover_eval": 2, "eval_every": 3, **changes}
+    train(options(work, tmp_path / "whole", **watched))
+    with monkeypatch.context() as patched, caplog.at_level(logging.INFO):
+        patched.setattr(watching, "limit_bytes", lambda training: training.peak + 1000)
+        patched.setattr(watching, "load_model", None)
+        train(options(work, tmp_path / "blocks", **watched))
+    assert caplog.text.count("its loss is measured block by block") == 1
+    whole, blocks = lines(tmp_path / "whole"), lines(tmp_path / "blocks")
+    assert [line["step"] for line in blocks if "large_loss" in line] == [2, 4, 6]
+    for one, other in zip(whole, blocks, strict=True):
+        assert one["loss"] == other["loss"]
+        assert one.get("eval_loss") == other.get("eval_loss")
+        assert one.get("large_loss", 0.0) == pytest.approx(other.get("large_loss", 0.0), rel=1e-6)
+
+
+def test_early_stopping_looks_at_a_large_model_that_does_not_fit(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At this rate the large model gets worse sooner or later, and both ways of measuring stop at the same step."""
+    changes = {"recover_eval": 1, "stop_on": "large", "patience": 1, "lr": 0.05, "steps": 30, "schedule": "constant"}
+    whole = train(options(work, tmp_path / "whole", **changes))
+    monkeypatch.setattr(watching, "limit_bytes", lambda training: 0)
+    blocks = train(options(work, tmp_path / "blocks", **changes))
+    assert whole.run is not None
+    assert blocks.run is not None
+    assert whole.run.steps == blocks.run.steps < 30
 
 
 def test_a_plain_model_has_nothing_to_recover(work: Path, tmp_path: Path) -> None:

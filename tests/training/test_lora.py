@@ -106,6 +106,18 @@ def test_lora_is_fp32_on_a_bf16_base_and_only_lora_trains() -> None:
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
+def test_what_one_of_two_tied_weights_cannot_do_is_said_before_training(
+    end: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrap(AutoModelForCausalLM.from_pretrained(FIXTURE), options(targets=("q_proj", end)))
+    assert f"{end} is one weight with the model's" in caplog.text
+    assert "cannot be merged" in caplog.text
+    caplog.clear()
+    wrap(AutoModelForCausalLM.from_pretrained(FIXTURE), options(targets=("all-linear",)))
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "embed_tokens"), ("q_proj", "lm_head")])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_saving_takes_no_base_weights_along_and_peft_reads_it(tmp_path: Path, targets: tuple[str, ...]) -> None:
