@@ -13,7 +13,7 @@ from typing import Any
 LARGE, TRAIN = "@large", "@train"
 HALF = (TRAIN, "builtin")
 GENERAL = ("builtin",)
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)
 Options = dict[str, Any]
 
@@ -36,11 +36,11 @@ class Task:
     train: str
     test: str
     columns: str | None = None
-    steps: int = 12
+    steps: int = 32
     batch: int = 4
     max_length: int = 112
     limit: int | None = None
-    samples: int = 16
+    samples: int = 64
     length: int = 128
 
     @property
@@ -76,37 +76,48 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Method:
-    """How the small model is made: options of prune (None: nothing is cut), align, quantize and recover."""
+    """How the small model is made and trained: options of prune (None: nothing is cut), align, quantize, train, recover."""
 
     name: str
     label: str
     prune: Options | None = field(default_factory=dict)
     align: Options | None = None
     quantize: Options | None = None
+    train: Options = field(default_factory=dict)
     recover: Options = field(default_factory=dict)
 
 
-DISTILL: Options = {"method": "distill", "data": HALF, "steps": 16, "batch": 2, "length": 128}
-DISTILL |= {"lr": 3e-4, "held_out": 4, "save_every": 8}
+WINDOWS: Options = {"data": HALF, "length": 128, "held_out": 8}
+DISTILL: Options = {"method": "distill", **WINDOWS, "steps": 48, "batch": 4, "lr": 3e-4, "save_every": 24}
+TASK_TEXT: Options = {"data": (TRAIN,)}
+SEQUENTIAL: Options = {"method": "refit", **WINDOWS, "samples": 64, "refit_all": True}
+BLOCK: Options = {"method": "block", **WINDOWS, "samples": 64, "steps": 48, "batch": 4}
 SPARSE: Options = {"score": "sparsegpt", "calibration": HALF}
+WANDA: Options = {"calibration": HALF}
 METHODS = {
     method.name: method
     for method in (
         Method("random", "random cut", {"method": "random"}),
-        Method("structured", "Wanda cut, no repair", {"calibration": HALF, "refit": False}),
+        Method("structured", "Wanda cut, no repair", {**WANDA, "refit": False}),
         Method("refit-general", "Wanda cut, refit on general text", {"calibration": GENERAL}),
-        Method("refit", "Wanda cut, refit on half task text", {"calibration": HALF}),
-        Method("distill", "the same + distillation on half task text", {"calibration": HALF}, align=DISTILL),
+        Method("refit", "Wanda cut, refit on half task text", WANDA),
+        Method("distill", "the same + distillation on half task text", WANDA, align=DISTILL),
+        Method("distill-task", "the same + distillation on task text alone", WANDA, align=DISTILL | TASK_TEXT),
+        Method("sequential", "the same + sequential refit of all Linears", WANDA, align=SEQUENTIAL),
+        Method("block", "the same + steps layer by layer", WANDA, align=BLOCK),
+        Method("taylor", "Taylor cut, refit on half task text", {**WANDA, "score": "taylor"}),
+        Method("whole-layers", "refit, LoRA in the whole layers alone", WANDA, train={"layers": ("0-3", "28-29")}),
         Method("semi", "2:4 masks (SparseGPT), all layers", {"method": "semi", **SPARSE}),
         Method("unstructured", "50 % unstructured masks (SparseGPT), all layers", {"method": "unstructured", **SPARSE}),
-        Method("depth", "whole layers dropped", {"method": "depth", "calibration": HALF}),
+        Method("depth", "whole layers dropped", {"method": "depth", **WANDA}),
         Method("random-distill", "random cut + distillation", {"method": "random"}, align=DISTILL),
         Method("nf4", "NF4, nothing cut", None, quantize={}),
-        Method("refit-nf4", "Wanda cut, refit, NF4", {"calibration": HALF}, quantize={}),
-        Method("refit-calibrated", "refit, recover --calibrate", {"calibration": HALF}, recover={"calibrate": TRAIN}),
+        Method("refit-nf4", "Wanda cut, refit, NF4", WANDA, quantize={}),
+        Method("refit-calibrated", "refit, recover --calibrate", WANDA, recover={"calibrate": TRAIN}),
     )
 }
 MASKS = ("semi", "unstructured")
+LEVERS = ("distill", "distill-task", "sequential", "block", "taylor", "whole-layers")
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,7 @@ class Cell:
     ratio: str = ""
     keep: tuple[int, int] | None = None
     seed: int = 0
-    lr: float = 1e-3
+    lr: float = 2e-3
     measured: str = "large"
 
     @property
@@ -143,10 +154,11 @@ class Cell:
             "lr": self.lr,
             "steps": task.steps,
             "batch": task.batch,
-            "save_every": 6,
+            "save_every": 16,
             "warmup": 0.0,
         }
         train |= {"max_length": task.max_length, "long": "drop", "columns": task.columns}
+        train |= METHODS[self.method].train if self.method in METHODS else {}
         if self.method == "ceiling":
             return [("train", {"model": LARGE, **train}), replace_option(measure, adapter="@before")]
         chain = [*self.compression(task), ("train", {"model": "@before", **train})]
@@ -186,9 +198,10 @@ def grid() -> list[Cell]:
 def main_grid(model: str, task: str) -> Iterator[Cell]:
     """The table of the issue: ceilings at three rates, every method with both ways of keeping layers whole."""
     yield Cell(model, task, "base")
-    yield from (Cell(model, task, "ceiling", lr=rate) for rate in RATES)
     first, *further = MODELS[model].keep
-    for name in ("random", "refit", "structured", "refit-general", "distill"):
+    yield from (Cell(model, task, "ceiling", lr=rate) for rate in RATES)
+    yield from (Cell(model, task, "refit", "0.5", first, lr=rate) for rate in RATES)
+    for name in ("random", "refit", "structured", "refit-general", *LEVERS):
         yield Cell(model, task, name, "0.5", first)
     yield Cell(model, task, "nf4")
     yield from (Cell(model, task, name, "0.5") for name in MASKS)
