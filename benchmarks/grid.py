@@ -76,7 +76,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Method:
-    """How the small model is made and trained: options of prune (None: nothing is cut), align, quantize, train, recover."""
+    """How the small model is made and trained: options of each stage (prune None: nothing is cut)."""
 
     name: str
     label: str
@@ -98,25 +98,30 @@ METHODS = {
     method.name: method
     for method in (
         Method("random", "random cut", {"method": "random"}),
-        Method("structured", "Wanda cut, no repair", {**WANDA, "refit": False}),
-        Method("refit-general", "Wanda cut, refit on general text", {"calibration": GENERAL}),
-        Method("refit", "Wanda cut, refit on half task text", WANDA),
-        Method("distill", "the same + distillation on half task text", WANDA, align=DISTILL),
-        Method("distill-task", "the same + distillation on task text alone", WANDA, align=DISTILL | TASK_TEXT),
-        Method("sequential", "the same + sequential refit of all Linears", WANDA, align=SEQUENTIAL),
-        Method("block", "the same + steps layer by layer", WANDA, align=BLOCK),
-        Method("taylor", "Taylor cut, refit on half task text", {**WANDA, "score": "taylor"}),
+        Method("structured", "cut by Wanda, no repair", {**WANDA, "refit": False}),
+        Method("refit-general", "refit on general text", {"calibration": GENERAL}),
+        Method("refit", "refit on half task text", WANDA),
+        Method("distill", "refit + distillation on half task text", WANDA, align=DISTILL),
+        Method("distill-task", "refit + distillation on task text alone", WANDA, align=DISTILL | TASK_TEXT),
+        Method("sequential", "refit + sequential refit of all Linears", WANDA, align=SEQUENTIAL),
+        Method("block", "refit + steps layer by layer", WANDA, align=BLOCK),
+        Method("taylor", "refit on half task text, cut by Taylor", {**WANDA, "score": "taylor"}),
         Method("whole-layers", "refit, LoRA in the whole layers alone", WANDA, train={"layers": ("0-3", "28-29")}),
         Method("semi", "2:4 masks (SparseGPT), all layers", {"method": "semi", **SPARSE}),
         Method("unstructured", "50 % unstructured masks (SparseGPT), all layers", {"method": "unstructured", **SPARSE}),
         Method("depth", "whole layers dropped", {"method": "depth", **WANDA}),
         Method("random-distill", "random cut + distillation", {"method": "random"}, align=DISTILL),
+        Method("semi-distill", "2:4 masks + distillation", {"method": "semi", **SPARSE}, align=DISTILL),
+        Method(
+            "unstructured-distill", "50 % masks + distillation", {"method": "unstructured", **SPARSE}, align=DISTILL
+        ),
         Method("nf4", "NF4, nothing cut", None, quantize={}),
-        Method("refit-nf4", "Wanda cut, refit, NF4", WANDA, quantize={}),
+        Method("int8", "int8, nothing cut", None, quantize={"type": "int8"}),
+        Method("refit-nf4", "refit on half task text, NF4", WANDA, quantize={}),
         Method("refit-calibrated", "refit, recover --calibrate", WANDA, recover={"calibrate": TRAIN}),
     )
 }
-MASKS = ("semi", "unstructured")
+MASKS = ("semi", "unstructured", "semi-distill", "unstructured-distill")
 LEVERS = ("distill", "distill-task", "sequential", "block", "taylor", "whole-layers")
 
 
@@ -203,8 +208,8 @@ def main_grid(model: str, task: str) -> Iterator[Cell]:
     yield from (Cell(model, task, "refit", "0.5", first, lr=rate) for rate in RATES)
     for name in ("random", "refit", "structured", "refit-general", *LEVERS):
         yield Cell(model, task, name, "0.5", first)
-    yield Cell(model, task, "nf4")
-    yield from (Cell(model, task, name, "0.5") for name in MASKS)
+    yield from (Cell(model, task, name) for name in ("nf4", "int8"))
+    yield from (Cell(model, task, name, "0.5") for name in ("semi", "unstructured"))
     yield from (Cell(model, task, name, "0.5", first) for name in ("depth", "refit-nf4", "refit-calibrated"))
     for keep in further:
         for name in ("random", "refit", "distill", "structured", "refit-general", "depth"):

@@ -1,6 +1,7 @@
 """Write the parts of the documentation that are figures: `scripts/render_docs.py [--check]`.
 
     docs/benchmarks.md              from benchmarks/results.json  (python -m benchmarks)
+    docs/transfer.md, its pictures  from benchmarks/quality/*.json (python -m benchmarks.quality)
     docs/quality.md                 from docs/ladders/*.json      (scripts/record_ladder.py)
     the table in README, plan.md    from docs/configs/*.json, by the planner itself
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import render as benchmark_page  # noqa: E402  (the checkout is no package of its own)
+from benchmarks import transfer  # noqa: E402
 
 GIB = 2**30
 CARD = 24 * GIB
@@ -136,6 +138,9 @@ def with_fits(page: Path) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "docs/benchmarks.md": lambda: benchmark_page.page(benchmark_page.load()),
+    "docs/transfer.md": transfer.page,
+    "docs/transfer.svg": lambda: transfer.kept_picture(transfer.Records(transfer.MODEL, transfer.TASK)),
+    "docs/ratio.svg": lambda: transfer.sweep_picture(transfer.Records(transfer.MODEL, transfer.TASK)),
     "docs/quality.md": quality_page,
     "docs/plan.md": lambda: with_fits(ROOT / "docs" / "plan.md"),
     "README.md": lambda: with_fits(ROOT / "README.md"),
