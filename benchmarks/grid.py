@@ -101,6 +101,8 @@ METHODS = {
         Method("structured", "cut by Wanda, no repair", {**WANDA, "refit": False}),
         Method("refit-general", "refit on general text", {"calibration": GENERAL}),
         Method("refit", "refit on half task text", WANDA),
+        Method("refit-task", "refit on task text alone", {"calibration": (TRAIN,)}),
+        Method("refit-256", "refit on half task text, 256 windows", {**WANDA, "samples": 256}),
         Method("distill", "refit + distillation on half task text", WANDA, align=DISTILL),
         Method("distill-task", "refit + distillation on task text alone", WANDA, align=DISTILL | TASK_TEXT),
         Method("sequential", "refit + sequential refit of all Linears", WANDA, align=SEQUENTIAL),
@@ -122,7 +124,7 @@ METHODS = {
     )
 }
 MASKS = ("semi", "unstructured", "semi-distill", "unstructured-distill")
-LEVERS = ("distill", "distill-task", "sequential", "block", "taylor", "whole-layers")
+LEVERS = ("distill", "refit-256", "refit-task", "distill-task", "sequential", "block", "taylor", "whole-layers")
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,10 @@ class Cell:
         method = METHODS[self.method]
         found: list[tuple[str, Options]] = []
         if method.prune is not None:
-            cut: Options = {"model": LARGE, **method.prune}
+            cut: Options = {"model": LARGE, "samples": task.samples, "length": task.length, **method.prune}
             cut |= {} if self.keep is None else {"keep_first": self.keep[0], "keep_last": self.keep[1]}
             cut |= {} if method.prune.get("method") == "semi" else {"ratio": self.ratio}
-            cut |= {"samples": task.samples, "length": task.length, "columns": task.columns}
+            cut |= {"columns": task.columns}
             found.append(("prune", cut))
         if method.align is not None:
             found.append(("align", {"model": "@before", "columns": task.columns, **method.align}))

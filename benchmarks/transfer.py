@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.cells import RESULTS
-from benchmarks.grid import METHODS, MODELS, RATES, TASKS, Cell
+from benchmarks.grid import LEVERS, METHODS, MODELS, RATES, TASKS, Cell
 from benchmarks.kept_gain import Outcome, Records, spelled
 from benchmarks.pictures import Bar, Line, bars, lines
 
@@ -29,9 +29,9 @@ def rows(model: str) -> list[Row]:
     found: list[Row] = [("nf4", "", None), ("int8", "", None)]
     for keep in MODELS[model].keep:
         found += [(name, "0.5", keep) for name in ("random", "structured", "refit-general", "refit", "depth")]
-        found += [(name, "0.5", keep) for name in ("distill", "distill-task", "sequential", "block") if keep == FIRST]
+        found += [(name, "0.5", keep) for name in LEVERS if keep == FIRST]
         found += [("distill", "0.5", keep)] if keep != FIRST else []
-    found += [(name, "0.5", FIRST) for name in ("taylor", "whole-layers", "refit-calibrated")]
+    found += [("refit-calibrated", "0.5", FIRST)]
     found += [("semi", "0.5", None), ("unstructured", "0.5", None)]
     return (
         found + [("refit-nf4", ratio, FIRST) for ratio in RATIOS[:3]] + [("refit", ratio, FIRST) for ratio in ("0.3",)]
