@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from loram.drawing import Indices, expand
 from loram.errors import MismatchError
 from loram.families import FAMILIES, Family, Geometry
 from loram.shards import ShardWriter, TensorPlan, index_of, plan_header, plan_shards
-from loram.stored import INDEX, StoredModel, finite_numbers, tile_bounds
+from loram.stored import IN_FLIGHT, INDEX, StoredModel, finite_numbers, tile_bounds
 
 Kept = tuple[Indices | None, Indices | None]
 """Rows and columns that stay; None where all do."""
@@ -87,11 +88,12 @@ def write_gathered(
 
 
 class Gather:
-    """Rows and columns of a model's tensors; two buffers in turns, since the last one may still be hashed."""
+    """Rows and columns of a model's tensors, in buffers used in turns: the last ones may still be hashed."""
 
     def __init__(self, model: StoredModel) -> None:
         self.model = model
-        self._buffers = [numpy.empty(0, numpy.uint8), numpy.empty(0, numpy.uint8)]
+        # Twice as many, since a piece whose rows and columns are both cut takes two.
+        self._buffers = deque(numpy.empty(0, numpy.uint8) for _ in range(2 * (IN_FLIGHT + 1)))
 
     def tensor(self, name: str, rows: Indices | None, columns: Indices | None) -> Iterator[NDArray[Any]]:
         """The kept part of a tensor as unsigned integers, piece by piece; MismatchError at NaN and Inf."""
@@ -112,7 +114,7 @@ class Gather:
     def _take(self, numbers: NDArray[Any], indices: Indices, axis: int) -> NDArray[Any]:
         shape = (*numbers.shape[:axis], indices.size, *numbers.shape[axis + 1 :])
         size = math.prod(shape) * numbers.itemsize
-        self._buffers.reverse()
+        self._buffers.rotate()
         if self._buffers[0].size < size:
             self._buffers[0] = numpy.empty(size, numpy.uint8)
         out = self._buffers[0][:size].view(numbers.dtype).reshape(shape)

@@ -7,6 +7,7 @@ product of few rows takes another path through the BLAS.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from loram.checkpoint import FLOATS, INDEX, Checkpoint, TensorEntry, all_finite,
 from loram.errors import AdapterError, CheckpointError, MismatchError
 from loram.quantization.loading import quantization_of
 from loram.shards import ShardWriter, TensorPlan, index_of, plan_header
+from loram.stored import IN_FLIGHT
 
 
 def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
@@ -44,7 +46,12 @@ class TileDelta:
     @staticmethod
     def of(pair: LoraPair) -> TileDelta:
         """Factors of ΔW = s·B·A; an embedding's update is its transpose."""
-        return TileDelta(pair.b.float(), pair.a.float(), pair.scale, pair.embedding)
+        left, scale = pair.b.float(), pair.scale
+        if (
+            scale >= 1 and math.frexp(scale)[0] == 0.5 and not pair.embedding
+        ):  # a power of two rounds no bit, short of underflow
+            left, scale = left * scale, 1.0
+        return TileDelta(left, pair.a.float(), scale, pair.embedding)
 
     def rows(self, start: int, stop: int, out: Tensor) -> Tensor:
         """Rows [start, stop) of ΔW, fp32, in `out` (or beside it, for an embedding)."""
@@ -55,23 +62,21 @@ class TileDelta:
 
 
 class Scratch:
-    """Buffers that tiles use again: fresh memory costs more than the arithmetic done in it.
-
-    Two of each kind in turns: what was written last may still be hashed.
-    """
+    """Buffers that tiles use again: fresh memory costs more than the arithmetic done in it."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, bool], Tensor] = {}
-        self._odd = False
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._turn = 0
 
-    def turn(self) -> None:
-        """The next tile: the other one of each two buffers."""
-        self._odd = not self._odd
+    def take(self, use: str, shape: torch.Size, dtype: torch.dtype, *, written: bool = False) -> Tensor:
+        """A tensor of this shape for a use, with whatever was in it.
 
-    def take(self, use: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A tensor of this shape for a use, with whatever was in it."""
+        Several in turns for what is `written`: the last ones may still be hashed.
+        """
+        if written:
+            self._turn = (self._turn + 1) % (IN_FLIGHT + 1)
         size = shape.numel()
-        key = use, self._odd
+        key = use, self._turn if written else -1
         if key not in self._buffers or self._buffers[key].numel() < size or self._buffers[key].dtype != dtype:
             self._buffers[key] = torch.empty(size, dtype=dtype)
         return self._buffers[key][:size].view(shape)
@@ -148,11 +153,12 @@ def merged_tiles(
             yield tile.to(dtype)
             continue
         # Mixed dtypes take a slow path: the weight is widened by a copy, added in fp32, and narrowed by a copy.
-        scratch.turn()
-        total = delta.rows(start, start + tile.shape[0], scratch.take("total", tile.shape, torch.float32))
+        whole = dtype == torch.float32
+        total = scratch.take("total", tile.shape, torch.float32, written=whole)
+        total = delta.rows(start, start + tile.shape[0], total)
         wide = tile if tile.dtype == torch.float32 else scratch.take("wide", tile.shape, torch.float32).copy_(tile)
         total = total.add_(wide)
-        narrow = total if dtype == torch.float32 else scratch.take("narrow", tile.shape, dtype).copy_(total)
+        narrow = total if whole else scratch.take("narrow", tile.shape, dtype, written=True).copy_(total)
         if not all_finite(narrow):
             raise MismatchError(
                 f"{entry.name} + update is NaN or Inf near row {start}; the base or the adapter is damaged"

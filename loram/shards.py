@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from loram.stored import CODES, SINGLE
+from loram.stored import CODES, IN_FLIGHT, SINGLE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,7 +78,7 @@ class ShardWriter:
         self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115 (closed by the context manager)
         self._digest = hashlib.sha256()
         self._hasher: ThreadPoolExecutor | None = None
-        self._hashing: Future[None] | None = None
+        self._hashing: deque[Future[None]] = deque()
         self._put(memoryview(header))
 
     def __enter__(self) -> ShardWriter:
@@ -86,7 +87,7 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._settle()
+        self._settle(0)
         if self._hasher is not None:
             self._hasher.shutdown()
         self._file.close()
@@ -94,33 +95,33 @@ class ShardWriter:
     def write(self, rows: Tensor | NDArray[Any]) -> None:
         """Append the next rows (or a whole tensor).
 
-        The rows may still be hashed when this returns, and are left alone when the next call has: whoever reuses
-        memory takes two buffers in turns.
+        The rows may still be hashed when this returns, and are left alone when IN_FLIGHT more calls have: whoever
+        reuses memory takes one buffer more than that, in turns.
         """
         data = bytes_of(rows)
         if data.size:
             self._put(data.data)
 
     def _put(self, data: memoryview) -> None:
-        self._settle()
         if len(data) < INLINE:
+            self._settle(0)
             self._digest.update(data)
         else:
+            self._settle(IN_FLIGHT - 1)
             self._hasher = self._hasher or ThreadPoolExecutor(1)
-            self._hashing = self._hasher.submit(self._digest.update, data)
+            self._hashing.append(self._hasher.submit(self._digest.update, data))
         done = 0
         while done < len(data):
             done += self._file.write(data[done:])
 
-    def _settle(self) -> None:
-        if self._hashing is not None:
-            self._hashing.result()
-            self._hashing = None
+    def _settle(self, left: int) -> None:
+        while len(self._hashing) > left:
+            self._hashing.popleft().result()
 
     @property
     def sha256(self) -> str:
         """Hex sha256 of what has been written."""
-        self._settle()
+        self._settle(0)
         return self._digest.hexdigest()
 
 

@@ -1,8 +1,8 @@
 """Safetensors files as they lie on disk: headers, raw rows, identity. No torch.
 
-A 140 GB model passes through a few MiB: rows are read through a memory map whose pages are given back once the next
-rows are asked for (they would count as our memory), without a copy. Headers are checked against the files' lengths
-before anything is believed. Never a pickle.
+A 140 GB model passes through a few MiB: rows are read without a copy, through a memory map whose pages are given back
+soon after (they would count as our memory). Headers are checked against the files' lengths before anything is
+believed. Never a pickle.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,11 @@ if TYPE_CHECKING:  # both are imported where they are used: `loram --help` and `
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+AROUND = 2 * 2**20  # the system maps pages around the one that was touched; no page is larger than this
 CHUNK = 2**20
+IN_FLIGHT = 2
+"""So many pieces that were written last may still be hashed in another thread (see loram.shards)."""
+
 EDGE = 64 * 1024
 ROWS = 128
 """Tiles start at multiples of this many rows: a product of 128 rows has the bits of the whole product."""
@@ -101,7 +106,7 @@ class StoredModel:
             self.entries.update(entries)
         self._check_index()
         self._maps: dict[Path, mmap.mmap] = {}
-        self._resident: tuple[mmap.mmap, int, int] | None = None
+        self._resident: deque[tuple[mmap.mmap, int, int]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -113,7 +118,7 @@ class StoredModel:
 
     def close(self) -> None:
         """Let go of the files."""
-        self._resident = None
+        self._resident.clear()
         self._maps.clear()
 
     def __contains__(self, name: str) -> bool:
@@ -128,7 +133,7 @@ class StoredModel:
         return self.entries[name]
 
     def raw(self, name: str, start: int, stop: int) -> NDArray[numpy.uint8]:
-        """The bytes of rows [start, stop), not copied; what was read before is given back to the system.
+        """The bytes of rows [start, stop), not copied; what was read a few calls ago is given back to the system.
 
         The map is private: who writes into the bytes changes neither the file nor what a later call reads.
         """
@@ -154,15 +159,20 @@ class StoredModel:
         if entry.file.stat().st_size < first + size:  # to read beyond the end would kill the process
             raise CheckpointError(f"{entry.file} ends inside {entry.name}; it is truncated: fetch it again")
         self._give_back()
-        self._resident = (pages, first, first + size)
+        self._resident.append((pages, first, first + size))
         return pages
 
     def _give_back(self) -> None:
-        if self._resident is not None and hasattr(mmap, "MADV_DONTNEED"):
-            pages, first, last = self._resident
-            first -= first % mmap.PAGESIZE
-            if last > first:
-                pages.madvise(mmap.MADV_DONTNEED, first, min(last, len(pages)) - first)
+        # The last pieces may still be hashed in another thread (see ShardWriter.write): dropped now, their pages
+        # would come back at once, and stay.
+        while len(self._resident) > IN_FLIGHT:
+            pages, first, last = self._resident.popleft()
+            if not hasattr(mmap, "MADV_DONTNEED"):
+                continue
+            low, high = around(first, last, [(a, b) for other, a, b in self._resident if other is pages])
+            size = min(high, len(pages)) - low
+            if size > 0:
+                pages.madvise(mmap.MADV_DONTNEED, low, size)
 
     def _check_index(self) -> None:
         index = self.folder / INDEX
@@ -190,6 +200,18 @@ class StoredModel:
                         file.seek(first)
                         digest.update(file.read(min(EDGE, entry.end - first)))
         return digest.hexdigest()
+
+
+def around(first: int, last: int, alive: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Where the system may have mapped pages for bytes [first, last), less the pages of what is still read."""
+    page = mmap.PAGESIZE
+    low, high = first - first % AROUND, last + -last % AROUND
+    for start, end in alive:
+        if start > first:
+            high = min(high, start - start % page)
+        else:
+            low = max(low, end + -end % page)
+    return low, high
 
 
 def tile_bounds(rows: int, row_bytes: int) -> list[tuple[int, int]]:
