@@ -22,9 +22,12 @@ def main() -> int:
     missed = False
     with tempfile.TemporaryDirectory(prefix="loram-bench-", dir=options.scratch) as scratch:
         for name in options.only or SUITE:
+            if name == "sparsify" and not options.llmcompressor:
+                say("sparsify is left out: give --llmcompressor PYTHON, of an environment that has llm-compressor")
+                continue
             say(f"{name} ({options.size})")
             assert "torch" not in sys.modules, "the launcher must stay small: a child's ru_maxrss starts at its own"
-            outcome = SUITE[name](Bench(options.size, Path(scratch), options.rounds))
+            outcome = SUITE[name](Bench(options.size, Path(scratch), options.rounds, options.llmcompressor))
             results[name] = outcome.to_json() | {"conditions": conditions(options.size, command)}
             missed |= SIZES[options.size].judged and any(goal.met is False for goal in outcome.goals)
     ordered = {name: results[name] for name in SUITE if name in results}
@@ -47,8 +50,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=RESULTS, help="where the figures go (default: results.json here)"
     )
-    options = parser.parse_args()
-    return options
+    parser.add_argument("--llmcompressor", metavar="PYTHON", help="of an environment with llm-compressor, for sparsify")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

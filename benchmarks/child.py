@@ -122,6 +122,48 @@ def load_quantized(model: str) -> Figures:
     return {"quantized": calls}
 
 
+def loops(size: str, name: str, rounds: str) -> Figures:
+    """SparseGPT's column loop beside the reference, on one layer of a shape."""
+    import torch
+
+    from benchmarks.loops import measured
+    from benchmarks.sizes import SIZES
+
+    torch.set_num_threads(1)
+    return measured(getattr(SIZES[size], name), int(rounds))
+
+
+def make_calibrated(size: str, folder: str) -> Figures:
+    """A random model with a tokenizer, and calibration windows."""
+    from benchmarks.sizes import SIZES
+    from benchmarks.windows import write_calibrated
+
+    chosen = SIZES[size]
+    write_calibrated(chosen.trained, Path(folder), chosen.samples, chosen.sample_length)
+    return {}
+
+
+def agree(first: str, second: str) -> Figures:
+    """How far two sparse checkpoints have the same zeros."""
+    from benchmarks.windows import agreement
+
+    return {"agree": agreement(Path(first), Path(second))}
+
+
+def imports() -> Figures:
+    """What `loram prune` imports where it calibrates."""
+    for name in ("loram_cli.app", "loram.stages.prune", "loram.blockwise"):
+        import_module(name)
+    return {}
+
+
+def llmcompressor(*arguments: str) -> Figures:
+    """llm-compressor's job, or only its imports; runs in an environment of its own."""
+    from benchmarks.llmcompressor_job import libraries, sparsify
+
+    return sparsify(*arguments) if arguments else libraries()
+
+
 JOBS: dict[str, Callable[..., Figures]] = {
     "loram": loram,
     "loram-json": loram_json,
@@ -133,6 +175,11 @@ JOBS: dict[str, Callable[..., Figures]] = {
     "step": step,
     "bnb-quantize": bnb_quantize,
     "load-quantized": load_quantized,
+    "loops": loops,
+    "make-calibrated": make_calibrated,
+    "agree": agree,
+    "imports": imports,
+    "llmcompressor": llmcompressor,
 }
 
 

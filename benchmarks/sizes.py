@@ -54,6 +54,8 @@ class Size:
     length: int
     step_batch: int
     step_length: int
+    samples: int
+    sample_length: int
     judged: bool
 
 
@@ -73,6 +75,8 @@ SIZES = {
         length=32,
         step_batch=2,
         step_length=64,
+        samples=2,
+        sample_length=32,
         judged=False,
     ),
     # 1.1 billion parameters to merge and prune (the shape of TinyLlama), 125 million to train on; for the step beside
@@ -92,6 +96,8 @@ SIZES = {
         length=256,
         step_batch=8,
         step_length=512,
+        samples=8,
+        sample_length=512,
         judged=True,
     ),
 }

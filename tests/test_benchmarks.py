@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the checkout's benchmarks are no part of the package
 
-from benchmarks import compare, measure, render, step, suite, training  # noqa: E402
+from benchmarks import compare, loops, measure, render, sparse, step, suite, training, windows  # noqa: E402
 from benchmarks.sizes import SIZES, Shape  # noqa: E402
 from benchmarks.suite import SUITE, Goal, Outcome  # noqa: E402
 
@@ -130,6 +130,32 @@ def test_losses_are_compared_step_by_step() -> None:
     assert suite.loss_gap(runs([3, 2], [3, 2]), runs([3, 2], [3, 2.5])) == 0.5
     with pytest.raises(ValueError, match="shorter"):
         suite.loss_gap(runs([3, 2]), runs([3]))
+
+
+def test_both_loops_remove_nearly_the_same() -> None:
+    """The reference counts a threshold of the whole block and ties among all rows; the rest is the same arithmetic."""
+    found = loops.measured(Shape(hidden=64, mlp=96, layers=1, heads=4, kv_heads=2, vocab=50), rounds=2)
+    assert set(found) == {"unstructured", "2:4"}
+    for figures in found.values():
+        assert figures["agree"] > 0.99
+        assert len(figures["ours"]) == len(figures["reference"]) == 2
+
+
+def test_what_imports_take_is_taken_off() -> None:
+    ours, theirs = [SAMPLE(3, 0, 0), SAMPLE(5, 0, 0)], [SAMPLE(9, 0, 0), SAMPLE(9, 0, 0)]
+    assert sparse.without(ours, theirs, [SAMPLE(1, 0, 0)] * 2, [SAMPLE(5, 0, 0)] * 2) == 0.75
+
+
+def test_zeros_that_two_checkpoints_share(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    weight = numpy.array([[1, 0, 2, 0], [0, 0, 3, 4]], numpy.float32)
+    for folder, value in ((one, weight), (two, weight[:, ::-1].copy())):
+        folder.mkdir()
+        save_file(
+            {"model.layers.0.mlp.up_proj.weight": value, "model.norm.weight": weight}, folder / "model.safetensors"
+        )
+    assert windows.agreement(one, one) == 1
+    assert windows.agreement(one, two) == 0
 
 
 def test_small_figures_are_not_rounded_to_nothing() -> None:

@@ -31,7 +31,7 @@ STAGE_PAGES = (
 )
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OTHER_FLAGS = {"--help", "--json", "--recipe", "--set"}
-BENCHMARK_FLAGS = {"--size", "--only", "--rounds", "--fresh", "--scratch", "--output", "--place"}
+BENCHMARK_FLAGS = {"--size", "--only", "--rounds", "--fresh", "--scratch", "--output", "--place", "--llmcompressor"}
 PLACEHOLDER = "\0"
 
 

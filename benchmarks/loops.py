@@ -1,0 +1,82 @@
+"""SparseGPT's column loop beside the plain reference formulation, on the Linears of one layer, in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.checkpoints import linears
+from benchmarks.reference_sparsegpt import reference_loop
+from benchmarks.sizes import Shape
+from loram.families.sparsity import Sparsity, parse_sparsity
+from loram.pruning.inverse import inverse_factor
+from loram.pruning.sparsegpt import solve
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Linears that read one input: loram solves them side by side, the reference one after the other."""
+PATTERN = "2:4"
+TOKENS = 2
+
+
+def measured(shape: Shape, rounds: int) -> dict[str, Any]:
+    """CPU seconds of both loops for a layer, a figure per round, and the share of elements that both remove.
+
+    The second moments and their factors are made beforehand, the same for both: they are not in these figures.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sizes = {name.rpartition(".")[2]: size for name, size in linears(shape).items()}
+    layer = []
+    for names in GROUPS:
+        width = sizes[names[0]][1]
+        x = torch.randn(TOKENS * width, width, generator=generator) * torch.rand(width, generator=generator)
+        weights = [torch.randn(sizes[name], generator=generator) * 0.02 for name in names]
+        layer.append((weights, inverse_factor(x.T @ x, names[0])))
+    found: dict[str, Any] = {}
+    for kind, sparsity in (
+        ("unstructured", Sparsity(parse_sparsity(PATTERN).ratio)),
+        (PATTERN, parse_sparsity(PATTERN)),
+    ):
+        found[kind] = {"ours": [], "reference": [], "agree": 1.0}
+        for _ in range(rounds):
+            one_round(layer, sparsity, found[kind])
+    return found
+
+
+def one_round(layer: list[tuple[list[Tensor], Tensor]], sparsity: Sparsity, found: dict[str, Any]) -> None:
+    """Both loops over all Linears of the layer, group by group in turns."""
+    ours = reference = 0.0
+    same = total = 0
+    for weights, factor in layer:
+        seconds, pruned = timed(partial(reference_weights, weights, factor, sparsity))
+        reference += seconds
+        seconds, gone = timed(partial(loram_weights, weights, factor, sparsity))
+        ours += seconds
+        same += sum(int((mask == (w == 0)).sum()) for mask, w in zip(gone, pruned, strict=True))
+        total += sum(w.numel() for w in weights)
+    found["ours"].append(round(ours, 4))
+    found["reference"].append(round(reference, 4))
+    found["agree"] = min(found["agree"], round(same / total, 6))
+
+
+def reference_weights(weights: list[Tensor], factor: Tensor, sparsity: Sparsity) -> list[Tensor]:
+    """The reference's loop, one weight after the other: the pruned weights."""
+    return [reference_loop(weight, factor, 0.5, sparsity.keep, sparsity.group) for weight in weights]
+
+
+def loram_weights(weights: list[Tensor], factor: Tensor, sparsity: Sparsity) -> list[Tensor]:
+    """loram's loop, with the copies that it works on: what went of each weight."""
+    sizes = [weight.shape[0] for weight in weights]
+    gone = solve(torch.cat(weights).T.contiguous(), factor.clone(), sizes, sparsity)
+    return [mask.T for mask in torch.split(gone, sizes, 1)]
+
+
+def timed(work: Callable[[], list[Tensor]]) -> tuple[float, list[Tensor]]:
+    """CPU seconds that something takes, and what it gives."""
+    began = time.process_time()
+    result = work()
+    return time.process_time() - began, result
