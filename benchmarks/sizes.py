@@ -63,7 +63,7 @@ SIZES = {
     # A smoke run: start-up is all of it, so no goal is judged.
     "tiny": Size(
         checkpoint=Shape(hidden=128, mlp=352, layers=4, heads=8, kv_heads=2, vocab=1000),
-        trained=Shape(hidden=64, mlp=176, layers=4, heads=4, kv_heads=2, vocab=500),
+        trained=Shape(hidden=64, mlp=176, layers=4, heads=4, kv_heads=2, vocab=1024),
         stepped=Shape(hidden=64, mlp=176, layers=4, heads=4, kv_heads=2, vocab=2000),
         narrow=Shape(hidden=64, mlp=176, layers=4, heads=4, kv_heads=2, vocab=2000),
         wide=Shape(hidden=128, mlp=352, layers=4, heads=4, kv_heads=2, vocab=2000),
