@@ -72,11 +72,11 @@ def _group_leaves(root: Path) -> int:
     return UNLIMITED
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "--memory") -> int:
     """'24GiB', '24 GB', '800M' → bytes; a bare number below 10000 means GiB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if not match or (not match[2] and "b" in text.lower()):
-        raise OptionError(f"--memory is {text!r}; expected a size such as 24GiB")
+        raise OptionError(f"{option} is {text!r}; expected a size such as 24GiB")
     number = float(match[1])
     if not match[2] and number < 10_000:
         number *= 2**30

@@ -19,6 +19,8 @@ from loram.errors import OptionError
 Options = TypeVar("Options", bound="StageOptions")
 
 DTYPES = ("bf16", "fp16", "fp32")
+RUNNING = {"resume", "save_every", "keep_checkpoints", "report_to", "hidden_memory"}
+"""Options that say how a run is kept going, and nothing about what comes out."""
 
 
 def option(default: Any, text: str, **metadata: Any) -> Any:
@@ -46,8 +48,12 @@ class StageOptions:
         check_choices(self)
 
     def to_json(self) -> dict[str, Any]:
-        """The options as a JSON object, for manifests and digests."""
+        """The options as a JSON object."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self).items()}
+
+    def outcome(self) -> dict[str, Any]:
+        """Those that what comes out depends on, for manifests: all but how a run is kept going."""
+        return {key: value for key, value in self.to_json().items() if key not in RUNNING}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from loram.families.sparsity import Sparsity, parse_sparsity
 from loram.families.widths import parse_ratio
+from loram.memory import parse_bytes
 from loram.option_fields import DTYPES, StageOptions, WritingOptions, argument, flag, option, require
 
 METHODS = ("structured", "random", "semi", "unstructured", "given", "depth")
@@ -153,7 +154,25 @@ class PlanOptions(CutOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(CutOptions, WritingOptions):
+class StreamOptions(WritingOptions):
+    """What a stage that runs a model block by block may hold in memory."""
+
+    hidden_memory: str = option(
+        "2GiB", "Memory for the hidden states of all windows between two blocks; what is larger waits in a file by OUT."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_bytes(self.hidden_memory, "--hidden-memory")
+
+    @property
+    def hidden_bytes(self) -> int:
+        """The same in bytes."""
+        return parse_bytes(self.hidden_memory, "--hidden-memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(CutOptions, StreamOptions):
     """Cut a large model down to a small one, and keep the map."""
 
     model: str = argument("The large model: folder or Hub id.")
@@ -167,6 +186,11 @@ class PruneOptions(CutOptions, WritingOptions):
     columns: str | None = option(None, "Map data columns, e.g. prompt=question,completion=answer.")
     base_id: str | None = option(None, "Hub id of the large model, where its folder does not tell.")
     revision: str | None = option(None, "Branch, tag or commit of the large model on the Hub (or write ID@REVISION).")
+    resume: str = option(
+        "auto",
+        "Whether a calibration that was stopped goes on where it was (auto) or starts anew (never).",
+        choices=("auto", "never"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,13 +17,13 @@ layers. Windows have one length; right padding needs no mask, as no earlier posi
 - not run the block at all, which leaves it out of the model.
 
 `edit(tensor name, tensor)` changes a weight as it is read: a mask, a merged adapter, rounding. The hidden states are in
-memory, or in a file in `spill` when they outgrow `hidden_memory`. `gradients` goes backward, block by block from the
-end. `forward_pass` and `backward_pass` leave what was found sealed on disk, and go on where an earlier call stopped.
+memory, or in a file in `spill` when they outgrow `hidden_memory`. `forward_pass` goes through all blocks, and
+`backward_pass` back again from the end, with gradients; both leave what was found sealed on disk, and go on where an
+earlier call stopped.
 """
 
-from loram.blockwise.backward import gradients
 from loram.blockwise.hidden import Hidden
-from loram.blockwise.observers import Cosine, MeanVariance, Norm, SecondMoment, observe_inputs, shared_inputs
+from loram.blockwise.observers import Cosine, MeanVariance, Norm, SecondMoment, shared_inputs
 from loram.blockwise.resuming import backward_pass, forward_pass
 from loram.blockwise.runner import Block, BlockRunner
 
@@ -37,7 +37,5 @@ __all__ = [
     "SecondMoment",
     "backward_pass",
     "forward_pass",
-    "gradients",
-    "observe_inputs",
     "shared_inputs",
 ]

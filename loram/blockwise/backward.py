@@ -1,13 +1,11 @@
-"""Gradients of every decoder Linear with one block in memory: forward keeping each block's input, then backward.
+"""Gradients of decoder Linears with one block in memory; `backward_pass` goes through the model with them.
 
 Going back from the end, each block is computed again from its input, this time with gradients. So every weight is read
-twice, and what is in memory is one block, its gradients and the activations of a few windows. The inputs of all blocks
-are kept: in memory where they fit `hidden_memory`, else in the runner's spill folder.
+twice, and what is in memory is one block, its gradients and the activations of a few windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -18,43 +16,6 @@ from loram.blockwise.runner import Block, BlockRunner, Inputs, listening
 from loram.checkpoint import all_finite
 from loram.errors import MismatchError
 from loram.training.cross_entropy import summed_loss
-
-
-def gradients(
-    runner: BlockRunner, windows: Tensor, layers: Collection[int] | None = None
-) -> Iterator[tuple[Block, dict[str, Tensor]]]:
-    """∂L/∂W of the Linears of `layers` (all of them by default), from the last block to the first.
-
-    Yields the block with its weights and {weight name: (out, in)}, in the runner's dtype: fp32 wherever small
-    gradients matter. L is the sum over the windows (N, T) of a window's mean next-token loss. Raises MismatchError
-    where a gradient is not finite.
-    """
-    wanted = sorted(range(runner.layers) if layers is None else layers)
-    if not wanted:
-        return
-    states, slope = forward(runner, windows, wanted[0])
-    loss_slope(runner, slope, windows)
-    for number in reversed(range(wanted[0], runner.layers)):
-        with runner.block(number, states[number]) as block:
-            found = backward(block, slope, number in wanted)
-            if found:
-                yield block, found
-        states.pop(number).close()
-
-
-def forward(runner: BlockRunner, windows: Tensor, first: int) -> tuple[dict[int, Hidden], Hidden]:
-    """The inputs of the blocks from `first` on, and the output of the last."""
-    hidden = runner.embed(windows)
-    states = {}
-    for number in range(runner.layers):
-        with runner.block(number, hidden) as block:
-            if number < first:
-                block.run()
-                continue
-            after = runner.hidden(windows.shape, copies=runner.layers - first + 1)
-            block.run(into=after)
-        states[number], hidden = hidden, after
-    return states, hidden
 
 
 def loss_slope(runner: BlockRunner, hidden: Hidden, windows: Tensor) -> None:
@@ -85,6 +46,8 @@ def backward(block: Block, slope: Hidden, keep: bool, inputs: Inputs | None = No
             assert x.grad is not None
             slope.write(part, x.grad)
     found: dict[str, Tensor] = {name: linear.weight.grad for name, linear in linears.items()}
+    for linear in linears.values():
+        linear.weight.grad = None  # the caller says when they go
     for name, gradient in found.items():
         if not all_finite(gradient):
             raise MismatchError(f"layer {block.number}: the gradient of {name} is NaN or Inf; the weights are damaged")

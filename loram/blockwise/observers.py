@@ -5,17 +5,10 @@ An observer is called with rows of features (tokens, in) as they come, and sums 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-
 import torch
 from torch import Tensor
 
-from loram.blockwise.runner import BlockRunner
-from loram.checkpoint import Checkpoint
 from loram.families import Family
-
-Observer = Callable[[int, dict[str, Tensor]], None]
-"""Called after each layer with its number and {weight name: second moment Σ x·xᵀ, (in, in) fp32}."""
 
 STRIP = 256
 """Rows of a second moment that are summed at a time."""
@@ -129,26 +122,3 @@ def shared_inputs(family: Family) -> dict[str, tuple[str, ...]]:
     for weight in family.linears:
         groups.setdefault((weight.name.rpartition(".")[0], weight.columns), []).append(weight.name)
     return {names[0]: tuple(names) for names in groups.values()}
-
-
-def observe_inputs(
-    checkpoint: Checkpoint,
-    family: Family,
-    windows: Tensor,
-    layers: Collection[int],
-    observer: Observer,
-    *,
-    rows: int = 4,
-) -> None:
-    """Second moments of the inputs of o and down of `layers`, over `windows` (count, length) of token ids.
-
-    `rows` windows go through a layer at a time; layers behind the last one wanted are not run. Raises
-    MismatchError where activations are not finite.
-    """
-    with BlockRunner(checkpoint, rows=rows) as runner:
-        hidden = runner.embed(windows)
-        for block in runner.blocks(hidden, stop=max(layers, default=-1) + 1):
-            wanted = {w.name: SecondMoment() for w in family.outputs} if block.number in layers else {}
-            block.run(wanted)
-            if wanted:
-                observer(block.number, {name: found.total for name, found in wanted.items()})

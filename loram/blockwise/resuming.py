@@ -90,11 +90,20 @@ def forward_pass(
 
 
 def backward_pass(
-    runner: BlockRunner, windows: Tensor, steps: Steps, visit: BackwardVisit, layers: Collection[int]
+    runner: BlockRunner,
+    windows: Tensor,
+    steps: Steps,
+    visit: BackwardVisit,
+    layers: Collection[int],
+    *,
+    ahead: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, Path]]:
-    """The blocks of `layers` from the last to the first, with gradients, as `gradients` gives them.
+    """The blocks of `layers` from the last to the first, with ∂L/∂W of their Linears.
 
-    The inputs of all blocks are kept on disk, as they are needed again on the way back.
+    L is the sum over the windows (N, T) of a window's mean next-token loss. Gradients are (out, in), in the runner's
+    dtype: fp32 wherever small ones matter. Every weight is read twice. The inputs of all blocks are kept on disk, as
+    they are needed again on the way back. `ahead` is called after each block of the way there. Raises MismatchError
+    where a gradient is not finite.
     """
     first, last = min(layers), runner.layers
     at = turning_point(runner, steps, layers)
@@ -102,11 +111,11 @@ def backward_pass(
         yield number, steps.folder(block_name(number))
     if at == first:
         return
-    slope = runner.hidden(windows.shape)
+    slope = runner.hidden(windows.shape, copies=2)
     if at < last:
         slope.load(steps.folder(slope_name(at)) / FILE)
     else:
-        keep_inputs(runner, windows, steps, first)
+        keep_inputs(runner, windows, steps, first, ahead)
         slope.load(steps.folder(input_name(last)) / FILE)
         loss_slope(runner, slope, windows)
     pace = Pace(steps)
@@ -136,7 +145,7 @@ def turning_point(runner: BlockRunner, steps: Steps, layers: Collection[int]) ->
 
 def turn(runner: BlockRunner, steps: Steps, visit: BackwardVisit | None, number: int, slope: Hidden) -> None:
     """One block of the way back."""
-    before = runner.hidden(slope.shape[:2])
+    before = runner.hidden(slope.shape[:2], copies=2)
     before.load(steps.folder(input_name(number)) / FILE)
     with runner.block(number, before) as block:
         if visit is None:
@@ -147,7 +156,7 @@ def turn(runner: BlockRunner, steps: Steps, visit: BackwardVisit | None, number:
     before.close()
 
 
-def keep_inputs(runner: BlockRunner, windows: Tensor, steps: Steps, first: int) -> None:
+def keep_inputs(runner: BlockRunner, windows: Tensor, steps: Steps, first: int, ahead: Callable[[], None]) -> None:
     """The inputs of the blocks from `first` on, and the output of the last, as steps on disk."""
     last = runner.layers
     done = [n for n in range(first, last + 1) if steps.whole(input_name(n))]
@@ -158,6 +167,7 @@ def keep_inputs(runner: BlockRunner, windows: Tensor, steps: Steps, first: int) 
         hidden = runner.embed(windows)
         for block in runner.blocks(hidden, 0, first):
             block.run()
+            ahead()
         start = first
         with steps.writing(input_name(first)) as folder:
             hidden.save(folder / FILE)
@@ -168,5 +178,6 @@ def keep_inputs(runner: BlockRunner, windows: Tensor, steps: Steps, first: int) 
         block.run()
         with steps.writing(input_name(block.number + 1)) as folder:
             hidden.save(folder / FILE)
+        ahead()
         steps.stop_here()
     hidden.close()

@@ -9,22 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DAMPING = 0.01
+from loram.pruning.damping import DAMPING, damped_factor
 
 
-def refit_matrix(second_moment: Tensor, kept: Tensor, damping: float = DAMPING) -> Tensor:
+def refit_matrix(second_moment: Tensor, kept: Tensor, damping: float = DAMPING, what: str = "a weight") -> Tensor:
     """The (in, kept) matrix that W is multiplied with, fp64; features that were never active stay as they are.
 
-    `second_moment` is (in, in), `kept` the sorted indices of the features that stay.
+    `second_moment` is (in, in), `kept` the sorted indices of the features that stay. Where the second moment is not
+    positive definite, `damped_factor` damps it more, or raises MismatchError naming `what`.
     """
-    moment = second_moment.double()
-    inner = moment[kept][:, kept]
-    scale = inner.diagonal().mean()
-    if not scale > 0:
-        return selection(moment.shape[0], kept)
-    inner.diagonal().add_(damping * scale)
-    factor = torch.linalg.cholesky(inner)
-    return torch.cholesky_solve(moment[kept], factor).T
+    some = second_moment[kept].double()
+    inner = some[:, kept]
+    if bool((inner.diagonal() == 0).all()):
+        return selection(second_moment.shape[0], kept)
+    factor = damped_factor(inner, what, damping)
+    return torch.cholesky_solve(some, factor).T
 
 
 def selection(size: int, kept: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loram.pruning.refit import DAMPING
+from loram.errors import MismatchError
+from loram.pruning.damping import DAMPING, damped_factor
 
 ROUNDS = 64
 
@@ -30,15 +31,20 @@ class Residual:
         self.moment = moment if first else self.moment.add_(moment)
         self.cross = cross if first else self.cross.add_(cross)
 
-    def update(self, mask: Tensor | None = None, damping: float = DAMPING) -> Tensor:
-        """What W changes by, (out, in) fp64; zero where `mask` (out, in) is off."""
+    def update(self, mask: Tensor | None = None, damping: float = DAMPING, what: str = "a weight") -> Tensor:
+        """What W changes by, (out, in) fp64; zero where `mask` (out, in) is off.
+
+        MismatchError names `what` where the inputs are NaN or Inf.
+        """
         moment = self.moment.clone()
         scale = moment.diagonal().mean()
-        if not scale > 0:
+        if bool(scale == 0):
             return torch.zeros_like(self.cross)
-        moment.diagonal().add_(damping * scale)
         if mask is None:
-            return torch.cholesky_solve(self.cross.T, torch.linalg.cholesky(moment)).T
+            return torch.cholesky_solve(self.cross.T, damped_factor(moment, what, damping)).T
+        if not bool(torch.isfinite(scale)):
+            raise MismatchError(f"the input of {what} is NaN or Inf; the model's weights are damaged")
+        moment.diagonal().add_(damping * scale)
         return masked_solve(moment, self.cross, mask.to(moment.device))
 
 

@@ -21,6 +21,11 @@ Companion = Callable[[Weight, int, int], Tensor]
 """What is multiplied with rows [start, stop) of a weight: input norms (in,) or a gradient (rows, in)."""
 
 
+def nothing(weight: Weight, start: int, stop: int) -> Tensor:
+    """The companion of a score that needs the weights alone."""
+    return torch.empty(0)
+
+
 @dataclass(frozen=True)
 class Score:
     """An importance. `element(weight rows, companion rows)` gives one number ≥ 0 per element.
@@ -49,7 +54,7 @@ def unit_scores(
         for segments, values in ((weight.rows, torch.cat(rows)), (weight.columns, columns)):
             for axis, sums in fold(values, segments, geometry).items():
                 totals[axis] = totals[axis] + sums if axis in totals else sums
-    return totals
+    return {axis: total.cpu() for axis, total in totals.items()}
 
 
 def fold(values: Tensor, segments: Dimension, geometry: Geometry) -> Mapping[str, Tensor]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from loram.families.sparsity import Sparsity
-from loram.pruning.inverse import DAMPING, inverse_factor
+from loram.pruning.damping import DAMPING
+from loram.pruning.inverse import inverse_factor
 from loram.pruning.lowest import lowest_of_groups, lowest_per_row
 from loram.pruning.weight_score import WeightScore
 

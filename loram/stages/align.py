@@ -26,7 +26,7 @@ from loram.stages.carried import MODEL_FILES, copy_files
 from loram.stages.lineage import moved, parent_of
 from loram.stages.resuming import earlier_result, is_same_run, open_session
 from loram.stages.wiring import content_digest
-from loram.training.checkpoints import RUNNING, discard, identity, set_aside
+from loram.training.checkpoints import discard, identity, set_aside
 from loram.training.processes import process_count
 from loram.training.signals import stop_on_signals
 
@@ -138,12 +138,11 @@ def notes_on(options: AlignOptions, mixture: Mixture) -> tuple[str, ...]:
 
 def manifest_of(options: AlignOptions, small: Manifest, folder: Path, out: Path, training: dict[str, Any]) -> Manifest:
     """The small model's manifest, with what was done to it now."""
-    body = {key: value for key, value in options.to_json().items() if key not in RUNNING}
     added = ADDED[options.method]
     return replace(
         small,
         stage="align",
-        options=body,
+        options=options.outcome(),
         compression=small.compression if small.compression[-1:] == (added,) else (*small.compression, added),
         base=moved(small.base, folder, out) if small.base else None,
         parents=(parent_of(folder, "small-model", out),),

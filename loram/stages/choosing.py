@@ -1,16 +1,22 @@
-"""Which heads and channels stay: scores with and without a pass over calibration text, and the refit after the cut."""
+"""Which heads and channels stay: scores with and without a pass over calibration text, and the refit after the cut.
+
+A pass leaves the axes and the refitted weights of each layer in a sealed folder, and all is read back from there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 from torch import Tensor
 
-from loram.checkpoint import Checkpoint
+from loram.checkpoint import Checkpoint, all_finite, tile_bounds
+from loram.errors import MismatchError
 from loram.families import Family, Geometry, Weight
 from loram.families.small import without_layers
 from loram.families.widths import Cut, Widths, parse_ratio
@@ -18,14 +24,31 @@ from loram.masks import PackedMask
 from loram.options import PruneOptions
 from loram.progress import Progress
 from loram.prune_options import CutOptions
-from loram.pruning import SCORES
+from loram.pruning import SCORES, WEIGHT_SCORES
 from loram.pruning.refit import refit, refit_matrix
-from loram.pruning.score import unit_scores
+from loram.pruning.score import Companion, Tiles, nothing, unit_scores
 from loram.pruning.selection import layer_axes
-from loram.pruning_map import Axis, PruningMap
+from loram.pruning_map import Axis, PruningMap, read_map
 from loram.quantization import STORAGES
+from loram.sealing import Steps
 from loram.shards import write_tensors
 from loram.stages.given import GivenSparse
+from loram.stages.sparsify import linear
+
+if TYPE_CHECKING:  # it brings transformers, which streaming does without
+    from loram.blockwise import Block, BlockRunner, Norm, SecondMoment
+    from loram.blockwise.resuming import Backward
+
+Seen = Mapping[str, "Norm | SecondMoment"]
+
+
+def needs_of(options: PruneOptions) -> str:
+    """What the choice needs: 'weights' at most, or what text does in the model (see Score and WeightScore)."""
+    if options.method == "depth":
+        return "inputs"
+    if options.method in ("random", "given"):
+        return "weights"
+    return (WEIGHT_SCORES if options.by_weight else SCORES)[options.importance].needs
 
 
 def cut_of(options: CutOptions) -> Cut:
@@ -48,6 +71,7 @@ class Pruning:
     masks: dict[str, PackedMask] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
     influences: tuple[float, ...] = ()
+    steps: Steps | None = None
 
     @property
     def source(self) -> Checkpoint:
@@ -82,6 +106,23 @@ class Pruning:
         return self.family.adds_outputs and not leading
 
     @property
+    def passes(self) -> bool:
+        """Whether calibration text is sent through the model."""
+        needed = self.refits or self.score_needs != "weights"
+        return self.windows is not None and needed and (self.options.by_weight or bool(self.cut_layers))
+
+    @property
+    def score_needs(self) -> str:
+        """See `needs_of`."""
+        return needs_of(self.options)
+
+    def runner(self, spill: Path, dtype: torch.dtype | None = None) -> BlockRunner:
+        """The large model, one block in memory; hidden states that outgrow --hidden-memory are in `spill`."""
+        from loram.blockwise import BlockRunner
+
+        return BlockRunner(self.checkpoint, dtype=dtype, hidden_memory=self.options.hidden_bytes, spill=spill)
+
+    @property
     def map(self) -> PruningMap:
         """The map made of the axes, masks and layers chosen so far."""
         return PruningMap(self.family, self.geometry, self.axes, self.masks, self.layers)
@@ -95,79 +136,133 @@ class Pruning:
 
 
 def choose(work: Pruning, spill: Path, progress: Progress) -> None:
-    """Fill `work.axes` layer by layer, and the refitted weights of each layer into `spill`."""
+    """Fill `work.axes` layer by layer; refitted weights are left in the steps."""
+    if work.passes:
+        with work.runner(spill, torch.float32 if work.score_needs == "gradients" else None) as runner:
+            for folder in layer_steps(work, runner, progress):
+                work.axes.update(read_map(folder).axes)
+        return
     layers = work.cut_layers
-    score = SCORES[work.options.importance]
-    scores = scores_beforehand(work, layers)
+    drawn = random_axes(work)
     progress.begin("score", len(layers))
-
-    def decide(layer: int, moments: dict[str, Tensor]) -> None:
-        chosen = scores[layer] if layer in scores else layer_scores(work, layer, moments=moments)
-        work.axes.update(layer_axes(layer, work.widths, work.geometry, chosen))
-        if moments and work.refits:
-            refit_layer(work, layer, moments, spill)
+    for layer in layers:
+        work.axes.update(drawn[layer] if drawn else axes_of(work, layer, stored_tiles(work, layer)))
         progress.advance()
-
-    if work.windows is not None and (work.refits or (not scores and score.needs == "inputs")):
-        from loram.blockwise import observe_inputs
-
-        observe_inputs(work.checkpoint, work.family, work.windows, layers, decide)
-    else:
-        for layer in layers:
-            decide(layer, {})
     progress.end()
 
 
-def scores_beforehand(work: Pruning, layers: list[int]) -> dict[int, Any]:
-    """Per layer the scores (or the random generator) that need no pass over its inputs."""
-    score = SCORES[work.options.importance]
-    if work.options.method == "random":
-        return dict.fromkeys(layers, numpy.random.default_rng(work.options.seed))
-    if score.needs == "weights":
-        return {layer: layer_scores(work, layer) for layer in layers}
-    if score.needs == "inputs":
-        return {}
-    from loram.blockwise import BlockRunner, gradients
+def layer_steps(work: Pruning, runner: BlockRunner, progress: Progress) -> Iterator[Path]:
+    """The folders of the layers that are cut, each with its axes and refitted weights, found now or earlier."""
+    from loram.blockwise import backward_pass, forward_pass
 
     assert work.windows is not None
-    with BlockRunner(work.checkpoint, dtype=torch.float32) as runner:
-        return {
-            block.number: layer_scores(work, block.number, gradients=found)
-            for block, found in gradients(runner, work.windows, layers)
-        }
+    assert work.steps is not None
+    layers, drawn = work.cut_layers, random_axes(work)
+    if work.score_needs == "gradients":
+        progress.begin("score", runner.layers + len(layers))
+        visit = partial(weigh, work)
+        found = backward_pass(runner, work.windows, work.steps, visit, layers, ahead=progress.advance)
+    else:
+        progress.begin("score", max(layers) + 1)
+        found = forward_pass(runner, work.windows, work.steps, partial(look, work, drawn), max(layers) + 1)
+    for number, folder in found:
+        if number in layers:
+            yield folder
+        progress.advance()
+    progress.end()
 
 
-def layer_scores(
-    work: Pruning,
-    layer: int,
-    *,
-    moments: dict[str, Tensor] | None = None,
-    gradients: dict[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """The score of every unit of one layer."""
-
-    def companion(weight: Weight, start: int, stop: int) -> Tensor:
-        if gradients is not None:
-            return gradients[weight.name][start:stop].float().cpu()
-        return moments[weight.name].diagonal().clamp_min(0).sqrt() if moments else torch.empty(0)
-
-    return unit_scores(
-        SCORES[work.options.importance],
-        work.family,
-        work.geometry,
-        lambda weight: work.checkpoint.tiles(f"{work.family.module(layer, weight)}.weight"),
-        companion,
-    )
+def random_axes(work: Pruning) -> dict[int, dict[str, Axis]]:
+    """With --method random, the axes of every layer: one generator draws them all, in order."""
+    if work.options.method != "random":
+        return {}
+    generator = numpy.random.default_rng(work.options.seed)
+    return {layer: layer_axes(layer, work.widths, work.geometry, generator) for layer in work.cut_layers}
 
 
-def refit_layer(work: Pruning, layer: int, moments: dict[str, Tensor], spill: Path) -> None:
-    """Refit the layer's o and down where their inputs are cut, and put the result on disk."""
+def look(work: Pruning, drawn: Mapping[int, dict[str, Axis]], block: Block, folder: Path) -> None:
+    """A block on the way forward: what o and down read decides, or serves the refit."""
+    from loram.blockwise import Norm, SecondMoment
+
+    if block.number not in work.cut_layers:
+        block.run()
+        return
+    seen = {weight.name: SecondMoment() if work.refits else Norm() for weight in work.family.outputs}
+    block.run(seen)
+    refuse_damaged(work, block.number, seen)
+    tiles = block_tiles(work, block)
+    companion = norm_of(seen) if work.score_needs == "inputs" else nothing
+    axes = drawn.get(block.number) or axes_of(work, block.number, tiles, companion)
+    PruningMap(work.family, work.geometry, axes).save(folder)
+    refit_into(work, block.number, seen, folder, tiles)
+
+
+def weigh(work: Pruning, block: Block, back: Backward, folder: Path) -> None:
+    """A block on the way back: gradients decide, and what o and down read serves the refit."""
+    from loram.blockwise import SecondMoment
+
+    seen = {weight.name: SecondMoment() for weight in work.family.outputs} if work.refits else {}
+    gradients = back(seen)
+    refuse_damaged(work, block.number, seen)
+    tiles = block_tiles(work, block)
+
+    def gradient(weight: Weight, start: int, stop: int) -> Tensor:
+        return gradients[weight.name][start:stop].float()
+
+    axes = axes_of(work, block.number, tiles, gradient)
+    gradients.clear()
+    PruningMap(work.family, work.geometry, axes).save(folder)
+    refit_into(work, block.number, seen, folder, tiles)
+
+
+def refuse_damaged(work: Pruning, layer: int, seen: Seen) -> None:
+    """MismatchError where what a Linear read is not finite."""
+    for name, found in seen.items():
+        if not all_finite(found.norm):
+            raise MismatchError(
+                f"the input of {work.family.prefix}{layer}.{name} is NaN or Inf; the model's weights are damaged"
+            )
+
+
+def norm_of(seen: Seen) -> Companion:
+    """The norm of each feature that a weight reads, whatever the rows."""
+    return lambda weight, start, stop: seen[weight.name].norm
+
+
+def stored_tiles(work: Pruning, layer: int) -> Tiles:
+    """A layer's weights as they are stored, in pieces of rows."""
+    return lambda weight: work.checkpoint.tiles(f"{work.family.module(layer, weight)}.weight")
+
+
+def block_tiles(work: Pruning, block: Block) -> Tiles:
+    """The same pieces of a block that is in memory, so that nothing is read once more."""
+
+    def tiles(weight: Weight) -> Iterable[tuple[int, Tensor]]:
+        entry = work.checkpoint.entry(f"{work.family.module(block.number, weight)}.weight")
+        value = linear(block.module, weight.name)
+        return ((start, value[start:stop]) for start, stop in tile_bounds(entry.shape[0], entry.row_bytes))
+
+    return tiles
+
+
+def axes_of(work: Pruning, layer: int, tiles: Tiles, companion: Companion = nothing) -> dict[str, Axis]:
+    """The axes of one layer that the score cuts."""
+    scores = unit_scores(SCORES[work.options.importance], work.family, work.geometry, tiles, companion)
+    return layer_axes(layer, work.widths, work.geometry, scores)
+
+
+def refit_into(work: Pruning, layer: int, seen: Seen, folder: Path, tiles: Tiles) -> None:
+    """A layer's o and down, refitted where their inputs are cut, beside its axes in the folder."""
+    if not work.refits:
+        return
+    cut = read_map(folder)
     for weight in work.family.outputs:
         module = work.family.module(layer, weight)
-        kept = work.map.kept(module, 1)
+        kept = cut.kept(module, 1)
         if kept is None:
             continue
-        matrix = refit_matrix(moments[weight.name], kept).float()
-        rows = [refit(tile, matrix) for _, tile in work.checkpoint.tiles(f"{module}.weight")]
         name = f"{module}.weight"
-        write_tensors(spill / f"{name}.safetensors", {name: torch.cat(rows)})
+        dtype = work.checkpoint.entry(name).dtype
+        matrix = refit_matrix(seen[weight.name].total, kept, what=module).float()
+        rows = [refit(tile, matrix).to("cpu", dtype) for _, tile in tiles(weight)]
+        write_tensors(folder / f"{name}.safetensors", {name: torch.cat(rows)})

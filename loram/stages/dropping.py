@@ -32,7 +32,7 @@ def drop_layers(work: Pruning, spill: Path, progress: Progress) -> None:
     """Fill `work.layers` and `work.influences`, and `spill` with the weights that were refitted."""
     assert work.windows is not None
     cut, count = cut_of(work.options), work.geometry.layers
-    with BlockRunner(work.checkpoint, spill=spill / "hidden") as runner:
+    with work.runner(spill / "hidden") as runner:
         work.influences = influences(runner, work.windows, count - cut.keep_last, progress)
         candidates = range(cut.keep_first, count - cut.keep_last)
         work.layers = layers_left(work.influences, candidates, cut.depth(count), count)
@@ -102,7 +102,7 @@ def refit_down(work: Pruning, block: Block, target: Hidden, spill: Path) -> None
     full = f"{block.name}.{name}.weight"
     weight = block.module.get_submodule(name).weight
     assert isinstance(weight, Tensor)
-    update = found.update()
+    update = found.update(what=full)
     if not all_finite(update):
         raise MismatchError(f"the refit of {full} is NaN or Inf; the model's weights are damaged")
     stored = (weight.double() + update).to(work.checkpoint.entry(full).dtype)

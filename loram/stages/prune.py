@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loram.artifact import Base, Draft, Manifest, check_output, drafting, read_manifest, write_json
+from loram.artifact import Base, Draft, Manifest, check_output, drafting, read_manifest, scratch, write_json
 from loram.checkpoint import Checkpoint, describe_base, read_tensors
 from loram.cutting import Refitted, small_bytes, small_sources, stored_config, write_small
 from loram.data.calibration import calibration_windows, is_general
@@ -20,30 +21,34 @@ from loram.families import Family, Geometry, family_of
 from loram.families.small import small_config
 from loram.families.widths import Widths, describe_uncut, whole_widths
 from loram.hub.download import resolve_model
-from loram.masks import MASK_FILE
 from loram.memory import check_disk
 from loram.options import PruneOptions
 from loram.progress import SILENT, Progress
-from loram.pruning import SCORES, WEIGHT_SCORES
+from loram.pruning import WEIGHT_SCORES
 from loram.pruning_map import PruningMap
 from loram.quantization import STORAGES
 from loram.quantization.storage import bitsandbytes_functions
 from loram.quantization.writing import stored_bytes, write_stored
+from loram.sealing import discard, set_aside, set_aside_folder
 from loram.sizes import parameters
+from loram.stages.calibrating import identity_of, is_in_place, layers_done, open_steps
 from loram.stages.carried import MODEL_FILES, copy_files
-from loram.stages.choosing import Pruning, choose, cut_of
+from loram.stages.choosing import Pruning, choose, cut_of, needs_of
 from loram.stages.given import open_given
-from loram.stages.pruned import UNCALIBRATED, PruneResult, depth_words
-from loram.stages.sparsify import Sparsifying, check_widths, removed, sparsify
+from loram.stages.pruned import UNCALIBRATED, PruneResult, depth_words, stopped
+from loram.stages.sparsify import Sparsifying, check_widths, from_inputs, from_weights, removed
+from loram.training.signals import Stoppable, stop_on_signals
 
 __all__ = ["PruneResult", "prune"]
+
+logger = logging.getLogger(__name__)
 
 
 def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
     """Choose what stays, cut, refit what reads the cut features, write the small checkpoint in shards."""
     inputs = [options.model, *([] if options.given is None else [options.given])]
     if not options.dry_run:
-        check_output(options.out, inputs, force=options.force)
+        check_output(options.out, inputs, force=options.force or set_aside_folder(Path(options.out)).is_dir())
     folder = resolve_model(options.model, options.revision)
     manifest = read_manifest(folder)
     if manifest is not None and manifest.kind in ("small-model", "small-adapter", "adapter", "run"):
@@ -63,11 +68,29 @@ def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
         windows = calibration(options, folder)
         work = Pruning(options, checkpoint, family, geometry, widths, windows, given)
         if not options.dry_run:
-            check_disk(options.out, needed_bytes(work))
-            with drafting(options.out, force=options.force, inputs=[folder, *inputs]) as draft:
-                base = describe_base(folder, options.base_id, options.revision, seen_from=draft.out)
-                write(work, draft, base, progress)
+            make(work, [folder, *inputs], progress)
         return outcome(work)
+
+
+def make(work: Pruning, inputs: list[str | Path], progress: Progress) -> None:
+    """Write OUT; stopped, the same command goes on with what a pass over calibration text has found so far."""
+    options, out = work.options, Path(work.options.out)
+    base = describe_base(work.checkpoint.folder, options.base_id, options.revision, seen_from=out)
+    now = identity_of(options, work.windows, base) if work.windows is not None and work.passes else {}
+    if not options.force and is_in_place(out, now):
+        logger.info("%s is finished already", out)
+        return discard(out)
+    check_output(out, inputs, force=options.force)
+    check_disk(out, needed_bytes(work) - folder_bytes(scratch(out)[0]))
+    with (
+        stop_on_signals() as stop,
+        drafting(out, force=options.force, inputs=inputs, keep_partial=work.passes) as draft,
+    ):
+        if work.passes:
+            work.steps = open_steps(options, now, stop)
+        write(work, draft, base, Stoppable(progress, lambda: stopped(options, stop, layers_of(work))))
+        set_aside(draft.path, out)
+    discard(out)
 
 
 def small_widths(options: PruneOptions, family: Family, geometry: Geometry) -> Widths:
@@ -117,15 +140,28 @@ def outcome(work: Pruning) -> PruneResult:
     )
 
 
+def layers_of(work: Pruning) -> int:
+    """How many layers are done and saved."""
+    return 0 if work.steps is None else layers_done(work.steps.place)
+
+
 def needed_bytes(work: Pruning) -> int:
-    """Room on the disk, at most: the small checkpoint, and with masks what is put aside until it is written."""
+    """Room on the disk, at most: the small checkpoint, what is put aside until it is written, and hidden states."""
     size = max(entry.dtype.itemsize for entry in work.source.entries.values())
     total = parameters(work.shape, work.widths) * size
-    return (
-        total
-        if not work.options.by_weight
-        else total * (2 if work.options.importance == "sparsegpt" else 1) + total // 8
-    )
+    states = 0
+    if work.windows is not None and work.passes:
+        states = work.windows.numel() * work.geometry.hidden * 4
+        # Forward: those of now, a copy that is good, and one in the making. Back: the inputs of all blocks as well.
+        states *= 3 + (work.geometry.layers if work.score_needs == "gradients" else 0)
+    if not work.options.by_weight:
+        return total + states
+    return total * (2 if work.options.importance == "sparsegpt" else 1) + total // 8 + states
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 where there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def calibration(options: PruneOptions, folder: Path) -> Tensor | None:
@@ -148,11 +184,7 @@ def calibration(options: PruneOptions, folder: Path) -> Tensor | None:
 
 def needs_inputs(options: PruneOptions) -> bool:
     """Whether nothing can be chosen without calibration text."""
-    if options.method in ("random", "given"):
-        return False
-    if options.method == "depth":
-        return True
-    return (WEIGHT_SCORES if options.by_weight else SCORES)[options.importance].needs != "weights"
+    return needs_of(options) != "weights"
 
 
 def calibration_notes(options: PruneOptions) -> list[str]:
@@ -182,7 +214,8 @@ def write(work: Pruning, draft: Draft, base: Base, progress: Progress) -> None:
     else:
         choose(work, spill, progress)
     pruning_map = work.map
-    config = write_weights(work, pruning_map, spilled(spill), draft, progress)
+    steps = [] if work.steps is None else [folder for folder in work.steps.place.iterdir() if folder.is_dir()]
+    config = write_weights(work, pruning_map, spilled([spill, *steps]), draft, progress)
     pruning_map.save(draft.path)
     shutil.rmtree(spill)
     write_json(draft.path / "config.json", config)
@@ -190,7 +223,7 @@ def write(work: Pruning, draft: Draft, base: Base, progress: Progress) -> None:
     draft.manifest = Manifest(
         kind="small-model",
         stage="prune",
-        options=work.options.to_json(),
+        options=work.options.outcome(),
         family=work.family.name,
         compression=work.compression,
         base=base,
@@ -199,15 +232,19 @@ def write(work: Pruning, draft: Draft, base: Base, progress: Progress) -> None:
 
 
 def choose_masks(work: Pruning, spill: Path, progress: Progress) -> None:
-    """Fill `work.masks`; their bits, and weights that a solver changed, are in `spill`."""
+    """Fill `work.masks`; their bits are in `spill`, or in the steps beside the weights that a solver changed."""
     if work.given is not None:
         work.masks.update(work.given.masks(spill))
         return
     sparsity, score = work.options.sparsity, WEIGHT_SCORES[work.options.importance]
     assert sparsity is not None
-    found = Sparsifying(work.checkpoint, work.family, work.geometry, sparsity, score, spill)
-    sparsify(found, work.windows, progress)
-    work.masks.update(found.masks)
+    found = Sparsifying(work.checkpoint, work.family, work.geometry, sparsity, score, work.masks)
+    if not work.passes:
+        return from_weights(found, spill, progress)
+    assert work.windows is not None
+    assert work.steps is not None
+    with work.runner(spill) as runner:
+        from_inputs(found, runner, work.windows, work.steps, progress)
 
 
 def write_weights(
@@ -237,11 +274,11 @@ def spelled(config: dict[str, Any], layers: tuple[int, ...] | None) -> dict[str,
     return spelled_out(config)
 
 
-def spilled(spill: Path) -> Refitted:
-    """The refitted weights on disk, each read when it is its turn."""
+def spilled(folders: list[Path]) -> Refitted:
+    """The changed weights on disk, each read when it is its turn."""
 
     def reader(file: Path) -> Any:
         return lambda: next(iter(read_tensors(file).values()))
 
-    files = (file for file in spill.glob("*.safetensors") if not file.name.endswith(MASK_FILE))
+    files = (file for folder in folders for file in folder.glob("*.weight.safetensors"))
     return {file.name.removesuffix(".safetensors"): reader(file) for file in files}

@@ -20,15 +20,18 @@ from loram.hub.download import resolve_model
 from loram.memory import check_disk
 from loram.options import PruneOptions
 from loram.progress import SILENT, Progress
+from loram.sealing import discard
 from loram.sizes import parameters
 from loram.stages.carried import MODEL_FILES, copy_files
-from loram.stages.pruned import UNCALIBRATED, PruneResult
+from loram.stages.pruned import UNCALIBRATED, PruneResult, stopped
 from loram.stored import StoredModel, describe_base
+from loram.training.signals import Stoppable, stop_on_signals
 
 HANDLED = {
     *("model", "out", "force", "dry_run", "seed", "base_id", "revision"),
     *("method", "ratio", "keep_first", "keep_last", "round_to"),
-    *("score", "samples", "length", "refit", "columns"),  # without calibration text these change nothing
+    # without calibration text these change nothing
+    *("score", "samples", "length", "refit", "columns", "resume", "hidden_memory"),
 }
 
 
@@ -60,9 +63,13 @@ def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
         )
         if not options.dry_run:
             check_disk(options.out, result.small * max(entry.itemsize for entry in model.entries.values()))
-            with drafting(options.out, force=options.force, inputs=[folder, options.model]) as draft:
+            with (
+                stop_on_signals() as stop,
+                drafting(options.out, force=options.force, inputs=[folder, options.model]) as draft,
+            ):
                 base = describe_base(folder, options.base_id, options.revision, seen_from=draft.out)
-                write(options, model, widths, Writing(draft, base), progress)
+                write(options, model, widths, Writing(draft, base), Stoppable(progress, lambda: stopped(options, stop)))
+            discard(Path(options.out))
         return result
 
 
@@ -98,7 +105,7 @@ def write(options: PruneOptions, model: StoredModel, widths: Widths, where: Writ
     draft.manifest = Manifest(
         kind="small-model",
         stage="prune",
-        options=options.to_json(),
+        options=options.outcome(),
         family=family.name,
         compression=("axes",),
         base=where.base,

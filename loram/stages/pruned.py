@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from loram.errors import Interrupted
 from loram.families.widths import Widths
+from loram.option_fields import command_line
+from loram.options import PruneOptions
 from loram.results import StageResult
+from loram.training.signals import StopRequest
 
 UNCALIBRATED = "no calibration text: nothing was refitted; add --calibration FILE with the text you will train on"
 
@@ -56,3 +60,11 @@ def depth_words(count: int, left: int, kept: tuple[int, ...] | None, influences:
         f"{len(gone)} of {count} layers went: {', '.join(map(str, gone))} (block influence at most {most:.3f}; "
         f"over all layers that were measured {min(influences):.3f} to {max(influences):.3f})"
     )
+
+
+def stopped(options: PruneOptions, stop: StopRequest, layers: int = 0) -> Interrupted | None:
+    """Once somebody has asked to stop: the error that says how to go on, with the `layers` that are saved."""
+    if not stop:
+        return None
+    where = f"with {layers} layers done, which are saved" if layers else "before anything was done that could be saved"
+    return Interrupted(f"stopped by {stop.name} {where}", command_line("prune", options))

@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -21,26 +23,26 @@ from loram.families.sparsity import Sparsity
 from loram.masks import PackedMask
 from loram.progress import Progress
 from loram.pruning.weight_score import WeightScore
+from loram.pruning_map import PruningMap, read_map
+from loram.sealing import Steps
 from loram.shards import write_tensors
+
+if TYPE_CHECKING:  # it brings transformers, which streaming does without
+    from loram.blockwise import Block, BlockRunner
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Sparsifying:
-    """What is pruned, how, and where masks and new weights are put meanwhile."""
+    """What is pruned, and how; `masks` is what came of it, their bits on disk."""
 
     checkpoint: Checkpoint
     family: Family
     geometry: Geometry
     sparsity: Sparsity
     score: WeightScore
-    spill: Path
     masks: dict[str, PackedMask] = field(default_factory=dict)
-
-    def keep(self, mask: PackedMask) -> None:
-        """Note a mask, its bits on disk."""
-        self.masks[mask.name] = mask.spilled(self.spill)
 
 
 def decoder_weights(family: Family, geometry: Geometry) -> Iterator[tuple[str, int]]:
@@ -66,17 +68,8 @@ def removed(family: Family, checkpoint: Checkpoint, sparsity: Sparsity, score: s
     return total
 
 
-def sparsify(work: Sparsifying, windows: Tensor | None, progress: Progress) -> None:
-    """Fill `work.masks`, and the folder `work.spill` with the weights that a solver changed."""
-    if work.score.masks is not None:
-        from_weights(work, progress)
-    else:
-        assert windows is not None
-        from_inputs(work, windows, progress)
-
-
-def from_weights(work: Sparsifying, progress: Progress) -> None:
-    """Masks that need no calibration: tile by tile, whatever the model's size."""
+def from_weights(work: Sparsifying, spill: Path, progress: Progress) -> None:
+    """Masks that need no calibration: tile by tile, whatever the model's size; their bits are in `spill`."""
     names = [name for name, _ in decoder_weights(work.family, work.geometry)]
     progress.begin("score", len(names))
     for name in names:
@@ -87,37 +80,53 @@ def from_weights(work: Sparsifying, progress: Progress) -> None:
 
         assert work.score.masks is not None
         gone = work.score.masks(tiles, out * width, work.sparsity)
-        work.keep(PackedMask.of_rows(name, (out, width), (~rows for rows in gone)))
+        work.masks[name] = PackedMask.of_rows(name, (out, width), (~rows for rows in gone)).spilled(spill)
         progress.advance()
     progress.end()
 
 
-def from_inputs(work: Sparsifying, windows: Tensor, progress: Progress) -> None:
-    """One block in memory at a time; each sees what the pruned ones before it do."""
-    from loram.blockwise import BlockRunner, Norm, SecondMoment, shared_inputs  # transformers: not for streaming
+def from_inputs(work: Sparsifying, runner: BlockRunner, windows: Tensor, steps: Steps, progress: Progress) -> None:
+    """One block in memory at a time; each sees what the pruned ones before it do.
 
-    moments = work.score.needs == "moments"
-    if moments and windows.numel() < max(width for _, width in decoder_weights(work.family, work.geometry)):
-        logger.warning(
-            "%d tokens of calibration text are fewer than a Linear's input features: the second moment says nothing of "
-            "most directions; raise --samples or --length",
-            windows.numel(),
-        )
+    A block's masks, and the weights that a solver changed, are left in its step.
+    """
+    from loram.blockwise import forward_pass
+
+    if work.score.needs == "moments":
+        warn_of_few(windows.numel(), max(width for _, width in decoder_weights(work.family, work.geometry)))
     progress.begin(work.score.name, work.geometry.layers)
-    with BlockRunner(work.checkpoint, spill=work.spill / "hidden") as runner:
-        hidden = runner.embed(windows)
-        for block in runner.blocks(hidden):
-            groups = shared_inputs(work.family)
-            observers = {first: SecondMoment() if moments else Norm() for first in groups}
-            block.observe(observers)
-            for first, names in groups.items():
-                seen = observers.pop(first)
-                weights = {f"{block.name}.{name}.weight": linear(block.module, name) for name in names}
-                prune_group(work, weights, seen.total if isinstance(seen, SecondMoment) else seen.norm)
-            if block.number < runner.layers - 1:
-                block.run()
-            progress.advance()
+    for _, folder in forward_pass(runner, windows, steps, partial(prune_block, work)):
+        work.masks.update(read_map(folder).masks)
+        progress.advance()
     progress.end()
+
+
+def warn_of_few(tokens: int, features: int) -> None:
+    """Say so where there are fewer tokens than a Linear has input features."""
+    if tokens < features:
+        logger.warning(
+            "%d tokens of calibration text are fewer than a Linear's input features (up to %d): the second moment says "
+            "nothing of most directions; raise --samples or --length",
+            tokens,
+            features,
+        )
+
+
+def prune_block(work: Sparsifying, block: Block, folder: Path) -> None:
+    """Observe a block's inputs, prune its Linears, and run it as it is then."""
+    from loram.blockwise import Norm, SecondMoment, shared_inputs
+
+    groups = shared_inputs(work.family)
+    observers = {first: SecondMoment() if work.score.needs == "moments" else Norm() for first in groups}
+    block.observe(observers)
+    masks: dict[str, PackedMask] = {}
+    for first, names in groups.items():
+        seen = observers.pop(first)
+        weights = {f"{block.name}.{name}.weight": linear(block.module, name) for name in names}
+        masks |= prune_group(work, weights, seen.total if isinstance(seen, SecondMoment) else seen.norm, folder)
+    PruningMap(work.family, work.geometry, {}, masks).save(folder)
+    if block.number < work.geometry.layers - 1:
+        block.run()
 
 
 def linear(module: nn.Module, name: str) -> Tensor:
@@ -127,16 +136,18 @@ def linear(module: nn.Module, name: str) -> Tensor:
     return weight.data
 
 
-def prune_group(work: Sparsifying, weights: dict[str, Tensor], observed: Tensor) -> None:
-    """Prune the weights that read one input, in place; masks, and weights that a solver changed, go to disk."""
+def prune_group(work: Sparsifying, weights: dict[str, Tensor], observed: Tensor, folder: Path) -> dict[str, PackedMask]:
+    """Prune the weights that read one input, in place; those that a solver changed go to disk. Returns the masks."""
     assert work.score.prune is not None
     first = next(iter(weights)).removesuffix(".weight")
     if not all_finite(observed):
         raise MismatchError(f"the input of {first} is NaN or Inf; the model's weights are damaged")
     found = work.score.prune(list(weights.values()), observed, work.sparsity, first)
+    masks = {}
     for (name, weight), (new, gone) in zip(weights.items(), found, strict=True):
         stored = new.to(work.checkpoint.entry(name).dtype)
         weight.copy_(stored)  # later blocks see it as it is stored, rounding included
         if work.score.updates:
-            write_tensors(work.spill / f"{name}.safetensors", {name: stored.cpu()})
-        work.keep(PackedMask.of(name, ~gone))
+            write_tensors(folder / f"{name}.safetensors", {name: stored.cpu()})
+        masks[name] = PackedMask.of(name, ~gone)
+    return masks

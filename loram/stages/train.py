@@ -29,7 +29,7 @@ from loram.stages.fitting import advised, memory_plan, predicted, training_of, w
 from loram.stages.lineage import moved, parent_of
 from loram.stages.resuming import earlier_result, identity_of, is_same_run, open_session, writing
 from loram.stages.watching import held_out, watch_of
-from loram.training.checkpoints import RUNNING, discard, set_aside
+from loram.training.checkpoints import discard, set_aside
 from loram.training.loop import Session, TrainingRun, finished_run, fit
 from loram.training.lora import save_adapter, wrap
 from loram.training.processes import connect, is_writer
@@ -162,16 +162,15 @@ def train_into(
 
 def manifest_of(options: TrainOptions, folder: Path, small: Manifest | None, out: Path) -> Manifest:
     """What the adapter was made from."""
-    body = {key: value for key, value in options.to_json().items() if key not in RUNNING}
     if small is None:
         base = describe_base(folder, split_id(options.model)[0], seen_from=out)
-        return Manifest("adapter", "train", body, base=base)
+        return Manifest("adapter", "train", options.outcome(), base=base)
     if small.base is None or small.pruning_map_sha256 is None:
         raise InputError(f"{folder}/loram.json does not name the large model and the map; run `loram prune` again")
     return Manifest(
         "small-adapter",
         "train",
-        body,
+        options.outcome(),
         family=small.family,
         compression=small.compression,
         base=moved(small.base, folder, out),

@@ -62,7 +62,7 @@ class Step:
 
     def digest(self) -> str:
         """Changes when the options or the content of an input do."""
-        options = {k: v for k, v in self.options.to_json().items() if k not in PLACES}
+        options = {k: v for k, v in self.options.outcome().items() if k not in PLACES}
         lists = ("data", "eval_data", "calibration")
         weights = [s.removeprefix(source_path(s)) for key in lists for s in getattr(self.options, key, ())]
         inputs = [content_digest(item) for item in self.inputs]

@@ -17,7 +17,7 @@ from typing import Any
 from loram.artifact import SEAL, read_json, sha256_json
 from loram.data.encoding import EncodedRow
 from loram.errors import InputError, OptionError
-from loram.option_fields import flag
+from loram.option_fields import RUNNING, flag
 from loram.options import StageOptions
 from loram.sealing import FOLDER as FOLDER
 from loram.sealing import IDENTITY as IDENTITY
@@ -34,9 +34,8 @@ from loram.training.processes import process_count
 logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
-RUNNING = {"resume", "save_every", "keep_checkpoints", "report_to"}
-"""Options that say how a run is kept going, and nothing about what comes out."""
-FREE = {"out", "force", "dry_run", "log_every", "model", "large", "data", "eval_data", "columns"} | RUNNING
+PLACES = {"out", "force", "dry_run", "model", "large", "base_id", "revision", "data", "eval_data", "calibration"}
+FREE = PLACES | {"log_every", "columns"} | RUNNING
 """Options that may change between a run and its continuation; model and data are compared by content."""
 
 
@@ -63,15 +62,15 @@ def rows_digest(rows: list[EncodedRow]) -> str:
     return sha256_json([[row["input_ids"], [int(value) for value in row["loss_mask"]]] for row in rows])
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In words, what differs between the run of a checkpoint and this one."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], data: str = "training data") -> list[str]:
+    """In words, what differs between the run of a checkpoint and this one; `data` says what was read."""
     found = []
     old, new = before.get("options", {}), now["options"]
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key):
             found.append(f"--{flag(key)} was {shown(old.get(key))} and is {shown(new.get(key))} now")
     if before.get("data") != now["data"]:
-        found.append("the training data is not the same")
+        found.append(f"the {data} is not the same")
     if before.get("model") != now["model"]:
         found.append("the model is not the same")
     if before.get("processes") != now["processes"]:

@@ -1,6 +1,6 @@
 """Which of several processes this one is, as launchers (accelerate, torchrun) say it in the environment.
 
-Only process 0 writes; the others compute and wait.
+Only process 0 writes; the others compute and wait. torch is imported where there are several.
 """
 
 from __future__ import annotations
@@ -8,9 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from typing import Any
-
-import torch
-from torch import distributed
 
 from loram.errors import LoramError
 
@@ -28,6 +25,7 @@ def is_writer() -> bool:
 def connect() -> None:
     """Let the processes speak to each other; nothing to do for a single one."""
     if process_count() > 1:
+        import torch
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())
@@ -35,12 +33,16 @@ def connect() -> None:
 
 def wait() -> None:
     """Go on when all processes have come here."""
+    from torch import distributed
+
     if distributed.is_initialized():
         distributed.barrier()
 
 
 def done_by_writer(action: Callable[[], Any]) -> Any:
     """What `action` gives in process 0, in all of them; its error, too."""
+    from torch import distributed
+
     if not distributed.is_initialized():
         return action()
     box: list[Any] = [None, None]
@@ -57,6 +59,8 @@ def done_by_writer(action: Callable[[], Any]) -> Any:
 
 def first_found(value: str | None) -> str | None:
     """The first value that is not None among the processes, the same in all of them."""
+    from torch import distributed
+
     if not distributed.is_initialized():
         return value
     values: list[str | None] = [None] * distributed.get_world_size()

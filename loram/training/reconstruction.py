@@ -151,7 +151,7 @@ def refit_layer(job: Job, pair: Pair) -> None:
     for names in groups:
         for name, found in residuals(pair, names).items():
             weight: Any = pair.block.module.get_submodule(name).weight
-            update = found.update(job.mask(pair, name))
+            update = found.update(job.mask(pair, name), what=f"{pair.block.name}.{name}")
             weight.data = (weight.double() + update.to(weight.device)).to(weight.dtype)
 
 

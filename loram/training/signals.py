@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from loram.progress import Progress
 from loram.training.processes import process_count
 
 logger = logging.getLogger(__name__)
@@ -56,3 +57,29 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Stoppable(Progress):
+    """A progress display that is a place to stop at: `interruption` gives the error to raise, or None."""
+
+    def __init__(self, shown: Progress, interruption: Callable[[], Exception | None]) -> None:
+        self._shown, self._interruption = shown, interruption
+
+    def begin(self, label: str, total: int) -> None:
+        """A piece of work starts."""
+        self._shown.begin(label, total)
+
+    def advance(self, amount: int = 1, **figures: float) -> None:
+        """`amount` steps are done; raises where somebody has asked to stop."""
+        self._shown.advance(amount, **figures)
+        error = self._interruption()
+        if error is not None:
+            raise error
+
+    def end(self) -> None:
+        """The piece of work is over."""
+        self._shown.end()
+
+    def ask(self, question: str) -> bool | None:
+        """A person's yes or no."""
+        return self._shown.ask(question)

@@ -11,10 +11,9 @@ import torch
 from stock_models import LAYERS, VARIANTS, build, make, raw_config, tokens
 from torch import Tensor
 
-from loram.blockwise import observe_inputs
+from loram.blockwise import BlockRunner, SecondMoment
 from loram.checkpoint import Checkpoint
 from loram.errors import MismatchError
-from loram.families import family_of
 
 OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
 
@@ -41,13 +40,11 @@ def hooked_moments(model: Any, windows: Tensor) -> dict[str, Tensor]:
 
 def observed(folder: Path, windows: Tensor, rows: int, layers: tuple[int, ...] = (0, 1, 2)) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-
-    def observer(layer: int, moments: dict[str, Tensor]) -> None:
-        for name, value in moments.items():
-            found[f"model.layers.{layer}.{name}"] = value.clone()
-
-    with Checkpoint(folder) as checkpoint:
-        observe_inputs(checkpoint, family_of(checkpoint.config), windows, layers, observer, rows=rows)
+    with Checkpoint(folder) as checkpoint, BlockRunner(checkpoint, rows=rows) as runner:
+        for block in runner.blocks(runner.embed(windows)):
+            seen = {name: SecondMoment() for name in OUTPUTS if block.number in layers}
+            block.run(seen)
+            found |= {f"{block.name}.{name}": moment.total for name, moment in seen.items()}
     return found
 
 

@@ -1,0 +1,72 @@
+"""How a stopped calibration goes on: what prune finds at a block lies sealed in OUT.partial until OUT is there."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loram.artifact import MANIFEST, SEAL, Base, scratch, sha256_json
+from loram.device import native_bf16, pick_device
+from loram.errors import OptionError
+from loram.options import PruneOptions
+from loram.sealing import Steps, checkpoints_of, discard, keep_only_steps, set_aside_folder, whose
+from loram.stages.pruned import stopped
+from loram.training.checkpoints import differences, identity
+from loram.training.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+def identity_of(options: PruneOptions, windows: Tensor, base: Base) -> dict[str, Any]:
+    """What makes a continuation the same calibration: options, text, model, and what it is computed with."""
+    model = base.config_sha256 + base.weights_fingerprint
+    computed = f"{pick_device().type}{', bf16' if native_bf16() else ''}"
+    found = identity(options, sha256_json(windows.tolist()), model) | {"computed": computed}
+    body: dict[str, Any] = json.loads(json.dumps(found))
+    return body
+
+
+def open_steps(options: PruneOptions, now: dict[str, Any], stop: StopRequest) -> Steps:
+    """The blocks that are done of this very calibration; OptionError where those there are of another one."""
+    out = Path(options.out)
+    if options.resume == "never":
+        discard(out)
+    place = checkpoints_of(out)
+    done = layers_done(place)
+    other = differing(place, now)
+    if other and done:
+        raise OptionError(
+            f"{place} holds a calibration of {done} layers that is not this one: {'; '.join(other)}; "
+            "give what it was started with to go on, or --resume never to start anew"
+        )
+    if done:
+        logger.info("going on behind %d layers that are done (%s)", done, place)
+    keep_only_steps(place.parent)
+    return Steps(place, now, lambda: stopped(options, stop, layers_done(place)))
+
+
+def differing(place: Path, now: dict[str, Any]) -> list[str]:
+    """In words, what differs between the calibration in a folder and this one."""
+    before = whose(place)
+    if not isinstance(before, dict):
+        return []
+    found = differences(before, now, "calibration text")
+    if before.get("computed") != now["computed"]:
+        found.append(f"it was computed on {before.get('computed')} and would go on on {now['computed']}")
+    return found
+
+
+def layers_done(place: Path) -> int:
+    """How many blocks are done and sealed."""
+    return len([*place.glob(f"block-*/{SEAL}")])
+
+
+def is_in_place(out: Path, now: dict[str, Any]) -> bool:
+    """Whether OUT is the result of this very work, by a call that was killed when it only had to clean up."""
+    partial, _ = scratch(out)
+    whole = (out / MANIFEST).is_file() and not partial.exists()
+    return whole and whose(set_aside_folder(out)) == now
