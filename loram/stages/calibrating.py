@@ -9,23 +9,24 @@ from typing import Any
 
 from torch import Tensor
 
-from loram.artifact import MANIFEST, SEAL, Base, scratch, sha256_json
+from loram.artifact import SEAL, Base, Manifest, read_manifest, sha256_json
 from loram.device import native_bf16, pick_device
 from loram.errors import OptionError
 from loram.options import PruneOptions
-from loram.sealing import Steps, checkpoints_of, discard, keep_only_steps, set_aside_folder, whose
+from loram.sealing import Steps, checkpoints_of, discard, keep_only_steps, whose
 from loram.stages.pruned import stopped
 from loram.training.checkpoints import differences, identity
 from loram.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)
+COMPUTED = "computed"
 
 
 def identity_of(options: PruneOptions, windows: Tensor, base: Base) -> dict[str, Any]:
     """What makes a continuation the same calibration: options, text, model, and what it is computed with."""
     model = base.config_sha256 + base.weights_fingerprint
     computed = f"{pick_device().type}{', bf16' if native_bf16() else ''}"
-    found = identity(options, sha256_json(windows.tolist()), model) | {"computed": computed}
+    found = identity(options, sha256_json(windows.tolist()), model) | {COMPUTED: computed}
     body: dict[str, Any] = json.loads(json.dumps(found))
     return body
 
@@ -55,7 +56,7 @@ def differing(place: Path, now: dict[str, Any]) -> list[str]:
     if not isinstance(before, dict):
         return []
     found = differences(before, now, "calibration text")
-    if before.get("computed") != now["computed"]:
+    if before.get(COMPUTED) != now[COMPUTED]:
         found.append(f"it was computed on {before.get('computed')} and would go on on {now['computed']}")
     return found
 
@@ -65,8 +66,20 @@ def layers_done(place: Path) -> int:
     return len([*place.glob(f"block-*/{SEAL}")])
 
 
-def is_in_place(out: Path, now: dict[str, Any]) -> bool:
-    """Whether OUT is the result of this very work, by a call that was killed when it only had to clean up."""
-    partial, _ = scratch(out)
-    whole = (out / MANIFEST).is_file() and not partial.exists()
-    return whole and whose(set_aside_folder(out)) == now
+def earlier_result(options: PruneOptions) -> Manifest | None:
+    """The manifest of a calibrated small model that stands in OUT and may be what is asked for."""
+    if options.force or options.resume != "auto" or not Path(options.out).is_dir():
+        return None
+    manifest = read_manifest(options.out)
+    found = manifest is not None and manifest.stage == "prune" and manifest.training is not None
+    return manifest if found else None
+
+
+def is_same_work(earlier: Manifest | None, now: dict[str, Any]) -> bool:
+    """Whether what stands in OUT was calibrated like this."""
+    return earlier is not None and bool(now) and not differences(earlier.training or {}, now)
+
+
+def recorded(now: dict[str, Any]) -> dict[str, Any] | None:
+    """What a manifest says of the calibration: the same wherever it was computed."""
+    return {key: value for key, value in now.items() if key != COMPUTED} or None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from loram.pruning_map import PruningMap
 from loram.quantization import STORAGES
 from loram.quantization.storage import bitsandbytes_functions
 from loram.quantization.writing import stored_bytes, write_stored
-from loram.sealing import discard, set_aside, set_aside_folder
+from loram.sealing import discard, set_aside
 from loram.sizes import parameters
-from loram.stages.calibrating import identity_of, is_in_place, layers_done, open_steps
+from loram.stages.calibrating import earlier_result, identity_of, is_same_work, layers_done, open_steps, recorded
 from loram.stages.carried import MODEL_FILES, copy_files
 from loram.stages.choosing import Pruning, choose, cut_of, needs_of
 from loram.stages.given import open_given
@@ -48,7 +49,7 @@ def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
     """Choose what stays, cut, refit what reads the cut features, write the small checkpoint in shards."""
     inputs = [options.model, *([] if options.given is None else [options.given])]
     if not options.dry_run:
-        check_output(options.out, inputs, force=options.force or set_aside_folder(Path(options.out)).is_dir())
+        check_output(options.out, inputs, force=options.force or earlier_result(options) is not None)
     folder = resolve_model(options.model, options.revision)
     manifest = read_manifest(folder)
     if manifest is not None and manifest.kind in ("small-model", "small-adapter", "adapter", "run"):
@@ -77,8 +78,8 @@ def make(work: Pruning, inputs: list[str | Path], progress: Progress) -> None:
     options, out = work.options, Path(work.options.out)
     base = describe_base(work.checkpoint.folder, options.base_id, options.revision, seen_from=out)
     now = identity_of(options, work.windows, base) if work.windows is not None and work.passes else {}
-    if not options.force and is_in_place(out, now):
-        logger.info("%s is finished already", out)
+    if is_same_work(earlier_result(options), now):
+        logger.info("%s is finished already; to prune it anew add --force", out)
         return discard(out)
     check_output(out, inputs, force=options.force)
     check_disk(out, needed_bytes(work) - folder_bytes(scratch(out)[0]))
@@ -89,6 +90,8 @@ def make(work: Pruning, inputs: list[str | Path], progress: Progress) -> None:
         if work.passes:
             work.steps = open_steps(options, now, stop)
         write(work, draft, base, Stoppable(progress, lambda: stopped(options, stop, layers_of(work))))
+        assert draft.manifest is not None
+        draft.manifest = replace(draft.manifest, training=recorded(now))
         set_aside(draft.path, out)
     discard(out)
 
