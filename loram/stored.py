@@ -1,7 +1,8 @@
 """Safetensors files as they lie on disk: headers, raw rows, identity. No torch.
 
 A 140 GB model passes through a few MiB: rows are read without a copy, through a memory map whose pages are given back
-soon after (they would count as our memory). Headers are checked against the files' lengths before anything is
+soon after (they would count as our memory), and of a piece of the file at a time (all of it would count against a limit
+on the address space). Headers are checked against the files' lengths before anything is
 believed. Never a pickle.
 """
 
@@ -34,6 +35,8 @@ CHUNK = 2**20
 IN_FLIGHT = 2
 """So many pieces that were written last may still be hashed in another thread (see loram.shards)."""
 
+WINDOW = 64 * 2**20
+"""Bytes of a file that are mapped at a time, at least."""
 EDGE = 64 * 1024
 ROWS = 128
 """Tiles start at multiples of this many rows: a product of 128 rows has the bits of the whole product."""
@@ -92,6 +95,30 @@ class TensorEntry:
         return self.code in EXPONENTS
 
 
+@dataclass(frozen=True, eq=False)
+class Window:
+    """A piece of a file that is mapped: the bytes from `start` to `stop`."""
+
+    file: Path
+    start: int
+    stop: int
+    pages: mmap.mmap
+
+    def holds(self, file: Path, first: int, last: int) -> bool:
+        """Whether bytes of a file are in it."""
+        return file == self.file and self.start <= first and last <= self.stop
+
+
+def map_window(file: Path, first: int, size: int, length: int) -> Window:
+    """A private map of `size` bytes or more of a file of `length`, from `first` on; gone with the last who reads it."""
+    start = min(first, length - 1)
+    start -= start % mmap.ALLOCATIONGRANULARITY
+    stop = min(max(first + size, start + WINDOW), length)
+    with open(file, "rb", buffering=0) as stream:
+        pages = mmap.mmap(stream.fileno(), stop - start, access=mmap.ACCESS_COPY, offset=start)
+    return Window(file, start, stop, pages)
+
+
 class StoredModel:
     """The weights of a model folder: headers are read and checked at once, bytes only when asked for."""
 
@@ -105,8 +132,8 @@ class StoredModel:
             self.headers[shard.name], entries = read_header(shard)
             self.entries.update(entries)
         self._check_index()
-        self._maps: dict[Path, mmap.mmap] = {}
-        self._resident: deque[tuple[mmap.mmap, int, int]] = deque()
+        self._window: Window | None = None
+        self._resident: deque[tuple[Window, int, int]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -119,7 +146,7 @@ class StoredModel:
     def close(self) -> None:
         """Let go of the files."""
         self._resident.clear()
-        self._maps.clear()
+        self._window = None
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -141,7 +168,8 @@ class StoredModel:
 
         entry = self.entry(name)
         first, size = entry.start + start * entry.row_bytes, (stop - start) * entry.row_bytes
-        return numpy.frombuffer(self._pages(entry, first, size), numpy.uint8, size, first)
+        window = self._mapped(entry, first, size)
+        return numpy.frombuffer(window.pages, numpy.uint8, size, first - window.start)
 
     def numbers(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop) as unsigned integers of the element's size: (rows, ...)."""
@@ -151,28 +179,27 @@ class StoredModel:
             raw = raw.copy()
         return raw.view(f"u{entry.itemsize}").reshape(stop - start, *entry.shape[1:])
 
-    def _pages(self, entry: TensorEntry, first: int, size: int) -> mmap.mmap:
-        if entry.file not in self._maps:
-            with open(entry.file, "rb", buffering=0) as file:
-                self._maps[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        pages = self._maps[entry.file]
-        if entry.file.stat().st_size < first + size:  # to read beyond the end would kill the process
+    def _mapped(self, entry: TensorEntry, first: int, size: int) -> Window:
+        length = entry.file.stat().st_size
+        if length < first + size:  # to read beyond the end would kill the process
             raise CheckpointError(f"{entry.file} ends inside {entry.name}; it is truncated: fetch it again")
+        if self._window is None or not self._window.holds(entry.file, first, first + size):
+            self._window = map_window(entry.file, first, size, length)
         self._give_back()
-        self._resident.append((pages, first, first + size))
-        return pages
+        self._resident.append((self._window, first, first + size))
+        return self._window
 
     def _give_back(self) -> None:
         # The last pieces may still be hashed in another thread (see ShardWriter.write): dropped now, their pages
         # would come back at once, and stay.
         while len(self._resident) > IN_FLIGHT:
-            pages, first, last = self._resident.popleft()
+            window, first, last = self._resident.popleft()
             if not hasattr(mmap, "MADV_DONTNEED"):
                 continue
-            low, high = around(first, last, [(a, b) for other, a, b in self._resident if other is pages])
-            size = min(high, len(pages)) - low
-            if size > 0:
-                pages.madvise(mmap.MADV_DONTNEED, low, size)
+            low, high = around(first, last, [(a, b) for other, a, b in self._resident if other is window])
+            low, high = max(low, window.start), min(high, window.stop)
+            if high > low:
+                window.pages.madvise(mmap.MADV_DONTNEED, low - window.start, high - low)
 
     def _check_index(self) -> None:
         index = self.folder / INDEX

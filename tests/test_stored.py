@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import pytest
 
+from loram import stored
 from loram.shards import ShardWriter, TensorPlan, plan_header
 from loram.stored import IN_FLIGHT, StoredModel, around, tile_bounds
 
@@ -107,3 +108,23 @@ def test_the_digest_is_of_the_file_also_where_hashing_is_behind(tmp_path: Path) 
             piece[:] = number
             writer.write(piece if number % 4 else piece[:100])  # short pieces are hashed at once, in their turn
     assert writer.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_piece_of_the_file_is_mapped_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a shard would count against a limit on the address space."""
+    monkeypatch.setattr(stored, "WINDOW", 4 * MIB)
+    file = folder / "model.safetensors"
+    most = 0
+    with StoredModel(folder) as model:
+        whole = file.read_bytes()
+        for name in ("b", "a", "b"):
+            entry = model.entry(name)
+            for start, stop in [*tile_bounds(SHAPE[0], entry.row_bytes)][:: 1 if name == "a" else -1]:
+                first = entry.start + start * entry.row_bytes
+                assert model.raw(name, start, stop).tobytes() == whole[first : first + (stop - start) * entry.row_bytes]
+                sizes = re.findall(rf"^([0-9a-f]+)-([0-9a-f]+) .*{file}$", Path("/proc/self/maps").read_text(), re.M)
+                most = max(most, sum(int(end, 16) - int(begin, 16) for begin, end in sizes))
+        assert model.raw("a", 0, 0).size == 0
+        assert model.raw("b", SHAPE[0], SHAPE[0]).size == 0
+    assert 4 * MIB <= most <= (IN_FLIGHT + 2) * 4 * MIB
