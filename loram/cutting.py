@@ -36,14 +36,14 @@ def write_small(
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, str]:
     """Write the small checkpoint's shards and index; returns their sha256 by file name."""
-    sources = small_tensors(checkpoint, pruning_map)
-    plans = [TensorPlan(name, checkpoint.entry(large).dtype, shape) for name, (large, shape) in sources.items()]
-    shards = plan_shards(plans, shard_bytes)
+    sources = small_tensors(checkpoint, pruning_map, refitted)
+    shards = plan_shards(list(sources.values()), shard_bytes)
     digests: dict[str, str] = {}
+    to_large = pruning_map.numbering.to_large
     for shard, group in shards.items():
         with ShardWriter(out / shard, plan_header(group)) as writer:
             for plan in group:
-                for rows in cut_rows(checkpoint, pruning_map, sources[plan.name][0], refitted):
+                for rows in cut_rows(checkpoint, pruning_map, to_large(plan.name), refitted):
                     writer.write(rows)
                     advance(rows.numel() * rows.element_size())
         digests[shard] = writer.sha256
@@ -56,11 +56,11 @@ def small_sources(checkpoint: Checkpoint, pruning_map: PruningMap, refitted: Ref
     """The small checkpoint's tensors, each cut as it is read: for writing it in fewer bits without a detour."""
     family = pruning_map.family
 
-    def source(small: str, name: str, shape: tuple[int, ...]) -> Source:
-        plan = TensorPlan(small, checkpoint.entry(name).dtype, shape)
+    def source(plan: TensorPlan) -> Source:
+        name = pruning_map.numbering.to_large(plan.name)
         return Source(plan, is_decoder_linear(family, name), lambda: cut_rows(checkpoint, pruning_map, name, refitted))
 
-    return [source(small, *found) for small, found in small_tensors(checkpoint, pruning_map).items()]
+    return [source(plan) for plan in small_tensors(checkpoint, pruning_map, refitted).values()]
 
 
 def is_decoder_linear(family: Family, name: str) -> bool:
@@ -76,15 +76,25 @@ def stored_config(config: Mapping[str, Any], storage: Storage, sources: Sequence
     return {**config, "quantization_config": storage.config(others)}
 
 
-def small_tensors(checkpoint: Checkpoint, pruning_map: PruningMap) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{small tensor: (the large tensor it is cut from, its shape)}, in the order of the forward pass."""
-    found = {}
+def small_tensors(checkpoint: Checkpoint, pruning_map: PruningMap, refitted: Refitted) -> dict[str, TensorPlan]:
+    """The small checkpoint's tensors by name, in the order of the forward pass.
+
+    Biases of `refitted` that the large checkpoint does not have follow their weights.
+    """
+    found: dict[str, TensorPlan] = {}
     for name, _, _ in pruning_map.family.tensors(checkpoint.config):
         small = pruning_map.numbering.to_small(name)
-        if small is not None:
-            kept = [pruning_map.kept(name.rpartition(".")[0], dimension) for dimension in range(2)]
-            shape = checkpoint.entry(name).shape
-            found[small] = name, tuple(n if k is None else k.numel() for n, k in zip(shape, kept, strict=False))
+        if small is None:
+            continue
+        module, _, kind = name.rpartition(".")
+        kept = [pruning_map.kept(module, dimension) for dimension in range(2)]
+        entry = checkpoint.entry(name)
+        shape = tuple(n if k is None else k.numel() for n, k in zip(entry.shape, kept, strict=False))
+        found[small] = TensorPlan(small, entry.dtype, shape)
+        added = f"{module}.bias"
+        if kind == "weight" and added in refitted and added not in checkpoint:
+            bias = small.removesuffix("weight") + "bias"
+            found[bias] = TensorPlan(bias, entry.dtype, shape[:1])
     return found
 
 
@@ -112,7 +122,7 @@ def cut_rows(checkpoint: Checkpoint, pruning_map: PruningMap, name: str, refitte
         yield tile
 
 
-def small_bytes(checkpoint: Checkpoint, pruning_map: PruningMap) -> int:
+def small_bytes(checkpoint: Checkpoint, pruning_map: PruningMap, refitted: Refitted) -> int:
     """Bytes of the small checkpoint."""
-    sources = small_tensors(checkpoint, pruning_map).values()
-    return sum(math.prod(shape) * checkpoint.entry(name).dtype.itemsize for name, shape in sources)
+    plans = small_tensors(checkpoint, pruning_map, refitted).values()
+    return sum(math.prod(plan.shape) * plan.dtype.itemsize for plan in plans)

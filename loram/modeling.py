@@ -77,8 +77,9 @@ def narrow(model: PreTrainedModel, family: Family) -> None:
                 sum(counts.get(s.count, geometry.size(s.count)) * geometry.size(s.width) for s in d)
                 for d in (weight.rows, weight.columns)
             )
-            if (out, into) != tuple(old.weight.shape):
-                new = nn.Linear(into, out, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+            bias = weight.has_bias(raw, number)
+            if (out, into) != tuple(old.weight.shape) or bias != (old.bias is not None):
+                new = nn.Linear(into, out, bias, device=old.weight.device, dtype=old.weight.dtype)
                 layer.set_submodule(weight.name, new)
         for path, axis in family.layer_counts:
             owner, _, attribute = path.rpartition(".")

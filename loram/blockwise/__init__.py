@@ -23,7 +23,7 @@ earlier call stopped.
 """
 
 from loram.blockwise.hidden import Hidden
-from loram.blockwise.observers import Cosine, MeanVariance, Norm, SecondMoment, shared_inputs
+from loram.blockwise.observers import Cosine, Fluctuation, MeanVariance, Norm, SecondMoment, shared_inputs
 from loram.blockwise.resuming import backward_pass, forward_pass
 from loram.blockwise.runner import Block, BlockRunner
 
@@ -31,6 +31,7 @@ __all__ = [
     "Block",
     "BlockRunner",
     "Cosine",
+    "Fluctuation",
     "Hidden",
     "MeanVariance",
     "Norm",

@@ -94,6 +94,43 @@ class MeanVariance:
         return self._squares / max(self.count - 1, 1)
 
 
+class Fluctuation:
+    """Mean and variance of each feature, and with `products` the centered second moment: all that FLAP looks at."""
+
+    def __init__(self, products: bool = False) -> None:
+        self._spread = MeanVariance()
+        self._moment = SecondMoment() if products else None
+
+    def __call__(self, x: Tensor) -> None:
+        """Add rows of features (tokens, in)."""
+        self._spread(x)
+        if self._moment is not None:
+            self._moment(x)
+
+    @property
+    def mean(self) -> Tensor:
+        """(in,) fp64."""
+        return self._spread.mean
+
+    @property
+    def variance(self) -> Tensor:
+        """(in,) fp64."""
+        return self._spread.variance
+
+    @property
+    def norm(self) -> Tensor:
+        """‖x‖₂ of each feature over all tokens, (in,) fp64."""
+        spread = self._spread
+        return (spread.variance * max(spread.count - 1, 1) + spread.count * spread.mean.square()).sqrt()
+
+    @property
+    def total(self) -> Tensor:
+        """Σ (x − mean)·(x − mean)ᵀ, (in, in) fp32; it may be changed, and then no more must be added."""
+        assert self._moment is not None
+        mean = self.mean.float()
+        return self._moment.total.addmm_(mean[:, None], mean[None], alpha=-self._spread.count)
+
+
 class Cosine:
     """Mean over tokens of the cosine between a block's input and output; given to `around`.
 

@@ -15,6 +15,8 @@ from typing import Any
 from loram.errors import FamilyError
 
 AXES = ("kv_heads", "mlp")
+BIASES_KEY = "loram_biases"
+"""Of a small model's config: the layers in which a Linear that stands without a bias in the large one has one."""
 REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -81,8 +83,10 @@ class Weight:
     columns: Dimension = ()
     bias: bool | str = False
 
-    def has_bias(self, config: Mapping[str, Any]) -> bool:
-        """Whether this model's config gives the module a bias."""
+    def has_bias(self, config: Mapping[str, Any], layer: int | None = None) -> bool:
+        """Whether this model's config gives the module a bias; small models may have some in certain layers only."""
+        if layer is not None and layer in config.get(BIASES_KEY, {}).get(self.name, ()):
+            return True
         return bool(config.get(self.bias, False)) if isinstance(self.bias, str) else self.bias
 
 
@@ -178,5 +182,5 @@ def _tensors_of(
 ) -> Iterator[tuple[str, tuple[Dimension, ...], int | None]]:
     shape = (weight.rows, weight.columns) if weight.columns else (weight.rows,)
     yield f"{module}.weight", shape, layer
-    if weight.has_bias(config):
+    if weight.has_bias(config, layer):
         yield f"{module}.bias", (weight.rows,), layer

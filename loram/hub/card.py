@@ -21,6 +21,7 @@ WAYS = {
     "mask": "single weights were set to zero",
     "depth": "whole layers were left out",
     "refit": "the layers that read cut features were refitted in closed form",
+    "bias": "biases stand in for the means of what was cut",
     "aligned": "it was trained to behave like the large model again",
     "nf4": "its weights were stored in 4 bit (NF4)",
     "int8": "its weights were stored in 8 bit",

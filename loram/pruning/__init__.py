@@ -6,6 +6,7 @@ prune_options.UNIT_SCORES). Of single weights: a WeightScore, and a line in WEIG
 
 from __future__ import annotations
 
+from loram.pruning.flap import FLAP
 from loram.pruning.magnitude import MAGNITUDE, MAGNITUDE_MASK
 from loram.pruning.score import Score
 from loram.pruning.sparsegpt import SPARSEGPT
@@ -13,5 +14,5 @@ from loram.pruning.taylor import TAYLOR
 from loram.pruning.wanda import WANDA, WANDA_MASK
 from loram.pruning.weight_score import WeightScore
 
-SCORES: dict[str, Score] = {"wanda": WANDA, "magnitude": MAGNITUDE, "taylor": TAYLOR}
+SCORES: dict[str, Score] = {"wanda": WANDA, "magnitude": MAGNITUDE, "taylor": TAYLOR, "flap": FLAP}
 WEIGHT_SCORES: dict[str, WeightScore] = {"wanda": WANDA_MASK, "magnitude": MAGNITUDE_MASK, "sparsegpt": SPARSEGPT}

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from loram.families import Dimension, Family, Geometry, Weight
 
+OF_INPUTS = ("inputs", "variances")
+"""Needs of scores that look at o and down alone."""
 Tiles = Callable[[Weight], Iterable[tuple[int, Tensor]]]
 """A weight's rows in pieces: (first row, rows)."""
 Companion = Callable[[Weight, int, int], Tensor]
@@ -30,7 +32,7 @@ def nothing(weight: Weight, start: int, stop: int) -> Tensor:
 class Score:
     """An importance. `element(weight rows, companion rows)` gives one number ≥ 0 per element.
 
-    `needs`: 'weights', 'inputs' (norms of each Linear's input, for o and down only) or 'gradients'.
+    `needs`: 'weights', 'gradients', or of the inputs of o and down the norms ('inputs') or the 'variances'.
     """
 
     name: str
@@ -43,7 +45,7 @@ def unit_scores(
 ) -> dict[str, Tensor]:
     """Importance per unit of each axis of one layer: {'kv_heads': (K,), 'mlp': (C,)}, fp64."""
     totals: dict[str, Tensor] = {}
-    for weight in family.outputs if score.needs == "inputs" else family.linears:
+    for weight in family.outputs if score.needs in OF_INPUTS else family.linears:
         rows: list[Tensor] = []
         columns: Tensor | None = None
         for start, tile in tiles(weight):

@@ -18,13 +18,14 @@ from torch import Tensor
 from loram.checkpoint import Checkpoint, all_finite, tile_bounds
 from loram.errors import MismatchError
 from loram.families import Family, Geometry, Weight
-from loram.families.small import without_layers
+from loram.families.small import with_biases, without_layers
 from loram.families.widths import Cut, Widths, parse_ratio
 from loram.masks import PackedMask
 from loram.options import PruneOptions
 from loram.progress import Progress
 from loram.prune_options import CutOptions
 from loram.pruning import SCORES, WEIGHT_SCORES
+from loram.pruning.flap import compensation
 from loram.pruning.refit import refit, refit_matrix
 from loram.pruning.score import Companion, Tiles, nothing, unit_scores
 from loram.pruning.selection import layer_axes
@@ -36,10 +37,11 @@ from loram.stages.given import GivenSparse
 from loram.stages.sparsify import linear
 
 if TYPE_CHECKING:  # it brings transformers, which streaming does without
-    from loram.blockwise import Block, BlockRunner, Norm, SecondMoment
+    from loram.blockwise import Block, BlockRunner, Fluctuation, Norm, SecondMoment
     from loram.blockwise.resuming import Backward
 
-Seen = Mapping[str, "Norm | SecondMoment"]
+Seen = Mapping[str, "Norm | SecondMoment | Fluctuation"]
+Rows = Iterable[tuple[int, Tensor]]
 
 
 def needs_of(options: PruneOptions) -> str:
@@ -80,14 +82,20 @@ class Pruning:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """A raw config with as many layers as are left: what `widths` speaks of, before it is known which they are."""
-        return without_layers(self.checkpoint.config, range(len(self.widths.mlp)))
+        """A raw config with as many layers as are left, and the biases that come: before it is known which layers."""
+        config = without_layers(self.checkpoint.config, range(len(self.widths.mlp)))
+        return with_biases(config, self.widths) if self.compensates else config
 
     @property
     def cut_layers(self) -> list[int]:
         """The layers that are not left whole."""
         pairs = zip(self.widths.kv_heads, self.widths.mlp, strict=True)
         return [n for n, (heads, mlp) in enumerate(pairs) if heads < self.geometry.kv_heads or mlp < self.geometry.mlp]
+
+    @property
+    def compensates(self) -> bool:
+        """Whether biases of o and down stand in for the means of what was cut."""
+        return self.score_needs == "variances"
 
     @property
     def refits(self) -> bool:
@@ -132,7 +140,8 @@ class Pruning:
         """What is done to the large weights, in order."""
         storage = STORAGES.get(self.options.quantize)
         cut = "mask" if self.options.by_weight else "depth" if self.options.method == "depth" else "axes"
-        return (cut, *(["refit"] if self.refits else []), *([] if storage is None else [storage.name]))
+        mended = [*(["refit"] if self.refits else []), *(["bias"] if self.compensates else [])]
+        return (cut, *mended, *([] if storage is None else [storage.name]))
 
 
 def choose(work: Pruning, spill: Path, progress: Progress) -> None:
@@ -182,19 +191,41 @@ def random_axes(work: Pruning) -> dict[int, dict[str, Axis]]:
 
 def look(work: Pruning, drawn: Mapping[int, dict[str, Axis]], block: Block, folder: Path) -> None:
     """A block on the way forward: what o and down read decides, or serves the refit."""
-    from loram.blockwise import Norm, SecondMoment
-
     if block.number not in work.cut_layers:
         block.run()
         return
-    seen = {weight.name: SecondMoment() if work.refits else Norm() for weight in work.family.outputs}
+    seen: Seen = {weight.name: observer(work) for weight in work.family.outputs}
     block.run(seen)
     refuse_damaged(work, block.number, seen)
     tiles = block_tiles(work, block)
-    companion = norm_of(seen) if work.score_needs == "inputs" else nothing
+    companion = companion_of(work, seen)
     axes = drawn.get(block.number) or axes_of(work, block.number, tiles, companion)
     PruningMap(work.family, work.geometry, axes).save(folder)
     refit_into(work, block.number, seen, folder, tiles)
+
+
+def observer(work: Pruning) -> Norm | SecondMoment | Fluctuation:
+    """What is learnt of the input of o or down: as little as score, bias and refit need."""
+    from loram.blockwise import Fluctuation, Norm, SecondMoment
+
+    if work.compensates:
+        return Fluctuation(products=work.refits)
+    return SecondMoment() if work.refits else Norm()
+
+
+def companion_of(work: Pruning, seen: Seen) -> Companion:
+    """What the score multiplies weights with: norms or variances of what they read, whatever the rows."""
+    if work.compensates:
+        return lambda weight, start, stop: fluctuation(seen[weight.name]).variance
+    return (lambda weight, start, stop: seen[weight.name].norm) if work.score_needs == "inputs" else nothing
+
+
+def fluctuation(seen: Norm | SecondMoment | Fluctuation) -> Fluctuation:
+    """What was observed, where means and variances were."""
+    from loram.blockwise import Fluctuation
+
+    assert isinstance(seen, Fluctuation)
+    return seen
 
 
 def weigh(work: Pruning, block: Block, back: Backward, folder: Path) -> None:
@@ -224,11 +255,6 @@ def refuse_damaged(work: Pruning, layer: int, seen: Seen) -> None:
             )
 
 
-def norm_of(seen: Seen) -> Companion:
-    """The norm of each feature that a weight reads, whatever the rows."""
-    return lambda weight, start, stop: seen[weight.name].norm
-
-
 def stored_tiles(work: Pruning, layer: int) -> Tiles:
     """A layer's weights as they are stored, in pieces of rows."""
     return lambda weight: work.checkpoint.tiles(f"{work.family.module(layer, weight)}.weight")
@@ -252,17 +278,36 @@ def axes_of(work: Pruning, layer: int, tiles: Tiles, companion: Companion = noth
 
 
 def refit_into(work: Pruning, layer: int, seen: Seen, folder: Path, tiles: Tiles) -> None:
-    """A layer's o and down, refitted where their inputs are cut, beside its axes in the folder."""
-    if not work.refits:
+    """A layer's o and down where their inputs are cut, refitted and with biases, beside its axes in the folder."""
+    if not (work.refits or work.compensates):
         return
     cut = read_map(folder)
     for weight in work.family.outputs:
         module = work.family.module(layer, weight)
         kept = cut.kept(module, 1)
-        if kept is None:
-            continue
-        name = f"{module}.weight"
-        dtype = work.checkpoint.entry(name).dtype
-        matrix = refit_matrix(seen[weight.name].total, kept, what=module).float()
-        rows = [refit(tile, matrix).to("cpu", dtype) for _, tile in tiles(weight)]
-        write_tensors(folder / f"{name}.safetensors", {name: torch.cat(rows)})
+        if kept is not None:
+            for name, value in mended(work, module, seen[weight.name], kept, tiles(weight)).items():
+                write_tensors(folder / f"{name}.safetensors", {name: value})
+
+
+def mended(
+    work: Pruning, module: str, seen: Norm | SecondMoment | Fluctuation, kept: Tensor, tiles: Rows
+) -> dict[str, Tensor]:
+    """What o or down becomes when its input keeps `kept`, by tensor name: its weight where it is refitted, and a bias.
+
+    Both together are the affine least-squares fit: the weight to centered inputs, the bias what the means then lack.
+    """
+    dtype = work.checkpoint.entry(f"{module}.weight").dtype
+    matrix = refit_matrix(seen.total, kept, what=module).float() if work.refits else None
+    rows, constants = [], []
+    for _, tile in tiles:
+        small = (tile[:, kept.to(tile.device)] if matrix is None else refit(tile, matrix)).to(dtype)
+        rows.append(small.cpu())
+        if work.compensates:
+            constants.append(compensation(tile, small, fluctuation(seen).mean, kept).cpu())
+    found = {} if matrix is None else {f"{module}.weight": torch.cat(rows)}
+    if constants:
+        bias = f"{module}.bias"
+        own = work.checkpoint.read(bias).float() if bias in work.checkpoint else 0
+        found[bias] = (torch.cat(constants) + own).to(dtype)
+    return found

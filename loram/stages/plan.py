@@ -12,7 +12,7 @@ from loram.advice import Change, Training, cheapest
 from loram.artifact import read_json
 from loram.errors import FamilyError, InputError, OptionError
 from loram.families import Geometry, family_of, is_small_config
-from loram.families.small import without_layers
+from loram.families.small import with_biases, without_layers
 from loram.families.widths import Cut, describe_uncut, parse_ratio
 from loram.hub.download import resolve_model
 from loram.memory import format_bytes, parse_bytes
@@ -246,7 +246,7 @@ def cut_model(options: PlanOptions, config: dict[str, Any], ratio: Fraction | No
         # Any layers: they have one size, and only which of them have a sliding window is not known yet.
         return Model(without_layers(config, range(geometry.layers - cut.depth(geometry.layers))), None, quantize)
     widths = cut.widths(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.mlp)
-    return Model(config, widths, quantize)
+    return Model(with_biases(config, widths) if options.importance == "flap" else config, widths, quantize)
 
 
 def workload(options: PlanOptions) -> Workload:

@@ -19,7 +19,7 @@ from loram.data.calibration import calibration_windows, is_general
 from loram.declared import check_tensors
 from loram.errors import KindError
 from loram.families import Family, Geometry, family_of
-from loram.families.small import small_config
+from loram.families.small import small_config, with_biases
 from loram.families.widths import Widths, describe_uncut, whole_widths
 from loram.hub.download import resolve_model
 from loram.memory import check_disk
@@ -255,9 +255,9 @@ def write_weights(
 ) -> dict[str, Any]:
     """The small checkpoint's shards, in the storage asked for; returns its config."""
     storage, source = STORAGES.get(work.options.quantize), work.source
-    config = small_config(spelled(source.config, work.layers), work.widths, work.layers)
+    config = small_config(spelled(work), work.widths, work.layers)
     if storage is None:
-        progress.begin("cut", small_bytes(source, pruning_map))
+        progress.begin("cut", small_bytes(source, pruning_map, refitted))
         draft.digests.update(write_small(source, pruning_map, refitted, draft.path, advance=progress.advance))
     else:
         sources = small_sources(source, pruning_map, refitted)
@@ -268,10 +268,11 @@ def write_weights(
     return config
 
 
-def spelled(config: dict[str, Any], layers: tuple[int, ...] | None) -> dict[str, Any]:
-    """The large model's config; where layers went, with every list that follows from their numbers."""
-    if layers is None:
-        return config
+def spelled(work: Pruning) -> dict[str, Any]:
+    """The large model's config with the biases that came; where layers went, with lists that follow from numbers."""
+    config = work.source.config
+    if work.layers is None:
+        return with_biases(config, work.widths) if work.compensates else config
     from loram.modeling import spelled_out  # transformers: not for streaming
 
     return spelled_out(config)
@@ -283,5 +284,5 @@ def spilled(folders: list[Path]) -> Refitted:
     def reader(file: Path) -> Any:
         return lambda: next(iter(read_tensors(file).values()))
 
-    files = (file for folder in folders for file in folder.glob("*.weight.safetensors"))
+    files = (file for folder in folders for kind in ("weight", "bias") for file in folder.glob(f"*.{kind}.safetensors"))
     return {file.name.removesuffix(".safetensors"): reader(file) for file in files}

@@ -11,7 +11,7 @@ import torch
 from stock_models import LAYERS, VARIANTS, build, make, raw_config, tokens
 from torch import Tensor
 
-from loram.blockwise import BlockRunner, SecondMoment
+from loram.blockwise import BlockRunner, Fluctuation, SecondMoment
 from loram.checkpoint import Checkpoint
 from loram.errors import MismatchError
 
@@ -94,3 +94,18 @@ def test_bf16_weights_are_read_as_they_are_stored(tmp_path: Path) -> None:
     expected = hooked_moments(model.float(), windows)
     for key, value in observed(tmp_path / "bf16", windows, 4).items():
         assert ((value - expected[key]).norm() / expected[key].norm()).item() < 2e-2, key
+
+
+def test_fluctuations_are_centered_moments() -> None:
+    x = torch.randn(300, 270, generator=torch.Generator().manual_seed(2)) + 3 * torch.arange(270) / 270
+    seen, plain = Fluctuation(products=True), Fluctuation()
+    for rows in torch.split(x, 70):
+        seen(rows)
+        plain(rows)
+    wide = x.double()
+    assert torch.allclose(seen.mean, wide.mean(0))
+    assert torch.allclose(seen.variance, wide.var(0))
+    assert torch.equal(plain.variance, seen.variance)
+    assert torch.allclose(seen.norm, wide.norm(dim=0))
+    expected = torch.cov(wide.T) * (len(x) - 1)
+    assert ((seen.total - expected).abs().max() / expected.abs().max()).item() < 1e-5

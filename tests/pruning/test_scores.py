@@ -59,9 +59,10 @@ def test_unit_scores(name: str, score: str, stock: Callable[[str], Path]) -> Non
     element = {
         "magnitude": lambda leaf: weights[leaf] ** 2,
         "wanda": lambda leaf: weights[leaf].abs() * norms[leaf][None, :],
+        "flap": lambda leaf: weights[leaf] ** 2 * norms[leaf][None, :],
         "taylor": lambda leaf: (weights[leaf] * gradients[leaf]).abs(),
     }[score]
-    expected = by_hand(name, {leaf: element(leaf) for leaf in weights}, outputs_only=score == "wanda")
+    expected = by_hand(name, {leaf: element(leaf) for leaf in weights}, outputs_only=score in ("wanda", "flap"))
 
     def leaf_of(weight: Weight) -> str:
         return weight.name.rpartition(".")[2]
@@ -72,7 +73,7 @@ def test_unit_scores(name: str, score: str, stock: Callable[[str], Path]) -> Non
 
     def companion(weight: Weight, start: int, stop: int) -> Tensor:
         leaf = leaf_of(weight)
-        return norms[leaf].float() if score == "wanda" else gradients[leaf][start:stop].float()
+        return norms[leaf].float() if score in ("wanda", "flap") else gradients[leaf][start:stop].float()
 
     found = unit_scores(SCORES[score], family, family.geometry(config), tiles, companion)
     assert found.keys() == expected.keys()
