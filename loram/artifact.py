@@ -78,6 +78,7 @@ class Manifest:
     pruning_map_sha256: str | None = None
     parents: tuple[Parent, ...] = ()
     training: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
     files: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
@@ -92,8 +93,9 @@ class Manifest:
         """sha256 of everything that says what the artifact is; locations and versions stay outside."""
         body = self.to_json()
         body.pop("environment")
-        if body["training"] is None:
-            body.pop("training")
+        for name in ("training", "calibration"):
+            if body[name] is None:
+                body.pop(name)
         body.pop("loram")
         for place in [body["base"] or {}, *body["parents"]]:
             place.pop("location", None)

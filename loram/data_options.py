@@ -8,8 +8,8 @@ from loram.option_fields import StageOptions, argument, option, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingOptions(StageOptions):
-    """How rows become tokens."""
+class RowOptions(StageOptions):
+    """How each row becomes tokens."""
 
     columns: str | None = option(None, "Map data columns, e.g. prompt=question,completion=answer.")
     system: str | None = option(None, "System turn for chats that have none.")
@@ -17,12 +17,18 @@ class ReadingOptions(StageOptions):
         512, "Tokens in a row; --long says what happens to longer ones.", flags=("--max-seq-length",)
     )
     long: str = option("cut", "What happens to rows longer than --max-length.", choices=("cut", "drop"))
-    packing: bool = option(False, "Put several rows into one of --max-length tokens, each isolated from the others.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.max_length >= 2, f"--max-length is {self.max_length}; it must be 2 or more")
         require(self.system is None or bool(self.system.strip()), "--system is empty; give a text, or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions(RowOptions):
+    """How rows become tokens, and how they share forward passes."""
+
+    packing: bool = option(False, "Put several rows into one of --max-length tokens, each isolated from the others.")
 
 
 @dataclass(frozen=True, kw_only=True)

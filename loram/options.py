@@ -2,7 +2,7 @@
 
 One frozen dataclass per stage. The command line, the recipes and the Python functions are all made
 from these, so none of them can disagree. No torch and no typer here: `loram --help` reads this file.
-What a field may be is said in `option_fields`; plan and prune, train, and data have files of their own.
+What a field may be is said in `option_fields`; the larger stages have files of their own.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from loram.option_fields import (
 )
 from loram.prune_options import SCORES, PlanOptions, PruneOptions
 from loram.quantize_options import QuantizeOptions
+from loram.recover_options import RecoverOptions
 from loram.train_options import TrainOptions
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "PlanOptions",
     "PruneOptions",
     "QuantizeOptions",
+    "RecoverOptions",
     "StageOptions",
     "TrainOptions",
     "WritingOptions",
@@ -44,16 +46,6 @@ __all__ = [
     "from_mapping",
     "require",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecoverOptions(WritingOptions):
-    """Carry a small adapter over to the large model."""
-
-    adapter: str = argument("Adapter trained on the small model.")
-    small: str | None = option(None, "The small model, for an adapter trained outside loram.")
-    portable: bool = option(True, "One rank and one alpha for all modules, as every server reads it.")
-    base_id: str | None = option(None, "Hub id of the large model to name in the adapter.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
         "prune_options",
         "align_options",
         "quantize_options",
+        "recover_options",
         "train_options",
         "errors",
     }
@@ -55,6 +56,7 @@ LAYERS: list[set[str]] = [
         "hub.download",
         "hub.failures",
         "portability",
+        "group_scales",
     },
     {"data", "pruning", "cutting", "gathering", "merging", "rewriting"},
     {"training.cross_entropy"},
@@ -72,6 +74,7 @@ SIBLINGS = {
         "prune_options",
         "align_options",
         "quantize_options",
+        "recover_options",
         "train_options",
     },
     "align_options": {"option_fields", "train_options"},
@@ -79,6 +82,7 @@ SIBLINGS = {
     "data_options": {"option_fields"},
     "prune_options": {"errors", "families", "memory", "option_fields"},
     "quantize_options": {"option_fields"},
+    "recover_options": {"option_fields", "data_options"},
     "train_options": {"errors", "option_fields", "data_options"},
     "families": {"errors"},
     "memory": {"errors"},
@@ -94,6 +98,7 @@ SIBLINGS = {
     "pruning_map": {"axes", "checkpoint", "masks", "numbering", "shards"},
     "portability": {"adapter"},
     "renumbering": {"adapter"},
+    "group_scales": {"adapter"},
     "modeling": {"quantization"},
     "hub.download": {"hub.failures"},
 }
@@ -107,6 +112,7 @@ NO_TORCH = {
         "prune_options",
         "align_options",
         "quantize_options",
+        "recover_options",
         "train_options",
         "progress",
     ),
@@ -114,7 +120,18 @@ NO_TORCH = {
     *("artifact", "recipe", "numbering", "drawing", "declared", "portability"),
     *("memory", "sizes", "activations", "memory_model", "advice"),
 }
-HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "lm_eval", "flwr", "matplotlib"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "lm_eval",
+    "flwr",
+    "matplotlib",
+    "scipy",
+}
 
 SOURCES = sorted([*(ROOT / "loram").rglob("*.py"), *(ROOT / "cli").rglob("*.py")])
 ENTRANCES = {ROOT / "loram" / "__init__.py", ROOT / "loram" / "__main__.py"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,3 +79,15 @@ def source_path(spec: str) -> str:
     except DataError:
         return name
     return place.path if place.on_disk else str(place)
+
+
+def names_one_of(spec: str, others: Sequence[str]) -> bool:
+    """Whether a spec means the same data as one of the others, however their paths are written."""
+    return resolved(spec) in {resolved(other) for other in others}
+
+
+def resolved(spec: str) -> str:
+    """A spec without its weight, a path in it absolute; two that are equal mean the same data."""
+    path = source_path(spec)
+    split = split_weight(spec, "--data")[0].removeprefix(path)
+    return (str(Path(path).resolve()) if Path(path).exists() else path) + split

@@ -79,6 +79,7 @@ def render(facts: CardFacts) -> str:
         prune=prune,
         data=names_of(train.get("data", ())),
         calibration=names_of(prune.get("calibration", ())),
+        scales=next((made.calibration["scales"] for made in facts.lineage if made.calibration), {}),
         version=__version__,
         scored=any(row.get("accuracy") is not None for row in facts.ladder),
     )

@@ -33,7 +33,7 @@ TOKENIZER = (
 )
 LOCAL_OPTIONS = (
     *("out", "force", "dry_run", "adapter", "small", "small_adapter", "model", "large", "base", "ceiling"),
-    *("resume", "recipe", "overrides", "data", "eval_data", "calibration"),
+    *("resume", "recipe", "overrides", "data", "eval_data", "calibration", "calibrate"),
 )
 PLACE = re.compile(r"(/|~|\.{1,2}[/\\]|[A-Za-z]:[\\/]|file:)")
 PLACES = ("path", "file", "location", "dir", "folder")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loram.artifact import read_manifest
 from loram.checkpoint import read_config
 from loram.data.encoding import encode, within_context
 from loram.data.sources import Source, read_sources
@@ -33,6 +34,7 @@ from loram.modeling import load_tokenizer
 from loram.options import EvalOptions
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
+from loram.stages.calibration_rows import overlap
 from loram.stages.making import making_of
 from loram.stages.pairing import check_pair, model_manifest, parent_folder
 
@@ -113,6 +115,7 @@ def model_folder(model: str) -> Path:
 def exam_of(options: EvalOptions, model: Path) -> Exam:
     """The data, encoded as `train` would, and what is asked besides the loss."""
     sources = first_rows(read_sources(options.data, options.columns, options.system), options.limit)
+    warn_of_seen(options, sources)
     tokenizer = load_tokenizer(model)
     length = within_context(options.max_length, read_config(model))
     rows, summary = encode(sources, tokenizer, length, long=options.long, stops=stop_tokens(model, tokenizer))
@@ -129,6 +132,19 @@ def exam_of(options: EvalOptions, model: Path) -> Exam:
         limit=options.limit,
         packed_to=length if options.packing else None,
     )
+
+
+def warn_of_seen(options: EvalOptions, sources: list[Source]) -> None:
+    """Say so where rows are those that `recover --calibrate` chose the adapter's scales on."""
+    manifest = read_manifest(options.adapter) if options.adapter is not None else None
+    seen = overlap(sources, manifest.calibration if manifest else None)
+    if seen:
+        logger.warning(
+            "%d of these rows are those that the scales of %s were chosen on (recover --calibrate): its loss here is "
+            "lower than on new rows; measure on others",
+            seen,
+            options.adapter,
+        )
 
 
 def first_rows(sources: list[Source], limit: int | None) -> list[Source]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from loram.adapter import (
     expected_modules,
     load_adapter,
 )
-from loram.artifact import Draft, Manifest, check_output, drafting, read_manifest
+from loram.artifact import Base, Draft, Manifest, check_output, drafting, read_manifest
+from loram.data.places import source_path
+from loram.errors import KindError
 from loram.memory import check_disk
 from loram.options import RecoverOptions
 from loram.progress import SILENT, Progress
 from loram.pruning_map import PruningMap
 from loram.renumbering import renumbered
 from loram.results import StageResult
+from loram.sealing import checkpoints_of, discard, keep_only_steps, set_aside
 from loram.stages.carried import copy_files
 from loram.stages.lineage import SmallSource, moved, parent_of, small_source
 
@@ -34,25 +38,30 @@ class RecoverResult(StageResult):
     rank: int
     base_id: str
     dropped: tuple[str, ...] = ()
+    calibration: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """path, modules, rank."""
-        return super().to_json() | {"modules": self.modules, "rank": self.rank, "base": self.base_id}
+        """path, modules, rank; after --calibrate `scales`, `found`, and `loss.choose`, `loss.check`."""
+        body = super().to_json() | {"modules": self.modules, "rank": self.rank, "base": self.base_id}
+        told = self.calibration or {}
+        return body | {key: told[key] for key in ("scales", "found", "loss") if key in told}
 
     def summary(self) -> str:
-        """One line, and one more where base weights were left out."""
+        """One line, one more where base weights were left out, and what a calibration found."""
         lines = [f"recovered {self.modules} modules of rank {self.rank} for {self.base_id}"]
         if self.dropped:
             lines.append(f"left out {len(self.dropped)} base weights that PEFT had saved along: {self.dropped[0]} …")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(describe(self.calibration) if self.calibration else [])])
 
 
 def recover(options: RecoverOptions, progress: Progress = SILENT) -> RecoverResult:
     """Scatter the adapter's rows and columns to where the map kept them; zeros elsewhere."""
-    inputs = [options.adapter, *([options.small] if options.small else [])]
+    inputs = [options.adapter, *([options.small] if options.small else []), *map(source_path, options.calibrate)]
     if not options.dry_run:
         check_output(options.out, inputs, force=options.force)
     manifest = read_manifest(options.adapter)
+    if options.calibrate:
+        refuse_calibrating(options, manifest)
     whole = manifest is not None and manifest.kind == "adapter"  # LoRA on an unpruned model: recover is the identity
     source = None if whole else small_source(options.adapter, options.small)
     adapter = load_adapter(options.adapter)
@@ -71,13 +80,56 @@ def recover(options: RecoverOptions, progress: Progress = SILENT) -> RecoverResu
         path=None if options.dry_run else Path(options.out),
         next_command=f"loram verify {options.out}",
     )
-    if not options.dry_run:
-        check_disk(options.out, recovered.nbytes)
-        with drafting(options.out, force=options.force, inputs=inputs) as draft:
-            recovered.save(draft.path, base_id)
-            copy_files(options.adapter, draft.path)
-            draft.manifest = recovered_manifest(options, draft, source, made)
-    return result
+    if options.dry_run:
+        return result
+    check_disk(options.out, recovered.nbytes)
+    with drafting(options.out, force=options.force, inputs=inputs, keep_partial=bool(options.calibrate)) as draft:
+        record = made.calibration if made else None
+        if options.calibrate:
+            base = source.base if source else made.base if made else None
+            recovered, record = calibrated(options, recovered, base, draft, progress)
+        recovered.save(draft.path, base_id)
+        copy_files(options.adapter, draft.path)
+        draft.manifest = replace(recovered_manifest(options, draft, source, made), calibration=record)
+        set_aside(draft.path, draft.out)
+    discard(draft.out)
+    return replace(result, calibration=record)
+
+
+def calibrated(
+    options: RecoverOptions, recovered: Adapter, base: Base | None, draft: Draft, progress: Progress
+) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter with a scale for each group of its modules, and the record of them."""
+    from loram.stages.scaling import calibrate  # PEFT and transformers, which plain recovery does without
+    from loram.training.signals import stop_on_signals
+
+    with stop_on_signals() as stop:
+        found = calibrate(options, recovered, base, checkpoints_of(draft.out), stop, progress)
+    check_finite(found.adapter, options.adapter)
+    keep_only_steps(draft.path)
+    return found.adapter, found.record
+
+
+def refuse_calibrating(options: RecoverOptions, made: Manifest | None) -> None:
+    """What can be refused, or said about the rows, before anything is read."""
+    from loram.evaluation.scale_search import scipy_minimize
+    from loram.stages.calibration_rows import warn_of_shared
+
+    scipy_minimize()
+    if made is not None and made.calibration is not None:
+        raise KindError(
+            f"{options.adapter} has scales from an earlier --calibrate; recover the small adapter that it was made from"
+        )
+    warn_of_shared(options)
+
+
+def describe(record: Mapping[str, Any]) -> list[str]:
+    """What a calibration found, and whether it helps on rows that it was not chosen on."""
+    losses, scales = record["loss"], record["scales"]
+    lines = [f"{split}: {one['before']:.4f} → {one['after']:.4f} ({one['rows']} rows)" for split, one in losses.items()]
+    if all(scale == 1 for scale in scales.values()):
+        return ["calibrated: no scale lowers the loss on the rows kept for checking, so all stay 1", *lines]
+    return ["calibrated: " + ", ".join(f"{name} {scale:g}" for name, scale in scales.items()), *lines]
 
 
 def recover_adapter(adapter: Adapter, pruning_map: PruningMap, where: str | Path) -> Adapter:

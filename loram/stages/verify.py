@@ -18,6 +18,7 @@ from loram.progress import SILENT, Progress
 from loram.pruning_map import FILE as MAP_FILE
 from loram.pruning_map import PruningMap, read_map
 from loram.results import StageResult
+from loram.stages.calibration_record import check_scales, rescaled
 from loram.stages.lineage import check_base, check_digest, find_large
 from loram.stages.project import project_adapter
 from loram.stages.recover import recover_adapter
@@ -89,6 +90,9 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> VerifyResult:
                 check("base", lambda: check_base(base, large))
             check("modules and shapes", lambda: fits_base(adapter, large, folder))
     check("non-zero", lambda: look_nonzero(adapter))
+    if manifest is not None and manifest.calibration is not None:
+        record = manifest.calibration
+        check("scales", lambda: check_scales(record, adapter, small_adapter_of(folder), small, folder))
     if options.numeric:
         check("identity", lambda: look_identity(options, manifest, adapter, small))
     complete = all(c.ok for c in checks if c.name in ("base", "map", "modules and shapes"))
@@ -202,10 +206,11 @@ def look_identity(options: VerifyOptions, manifest: Manifest | None, adapter: Ad
         narrow, wide = adapter, recover_adapter(adapter, small, options.adapter)
     else:
         # The adapter it was made from, where it is still there: projecting back cannot see a wrong order.
-        narrow, wide = (
-            small_adapter_of(Path(options.adapter)) or project_adapter(adapter, small, options.adapter),
-            adapter,
-        )
+        made_from, wide = small_adapter_of(Path(options.adapter)), adapter
+        if made_from is None:
+            narrow = project_adapter(adapter, small, options.adapter)
+        else:
+            narrow = rescaled(made_from, manifest.calibration if manifest else None, small, options.adapter)
     generator = torch.Generator().manual_seed(options.seed)
     tokens = torch.randint(0, small.geometry.vocab, (2, 32), generator=generator)
     gap = identity_gap(str(large), small, narrow, wide, tokens)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from loram.artifact import read_manifest, sha256_file, sha256_json
 from loram.checkpoint import describe_base
-from loram.data.places import source_path
+from loram.data.places import names_one_of, source_path
 from loram.errors import OptionError
 from loram.options import SECTIONS, RunOptions, StageOptions, from_mapping
 from loram.recipe import Recipe, parse_assignment
 
+logger = logging.getLogger(__name__)
 FOLDERS = {
     "prune": "prune",
     "align": "align",
@@ -27,7 +29,8 @@ FOLDERS = {
 SMALL = ("prune", "align", "quantize")
 """Sections that write a small model: each works on that of the one before it, and train on the last."""
 INPUTS = ("model", "given", "adapter", "small", "small_adapter", "large", "base", "ceiling")
-PLACES = (*INPUTS, "data", "eval_data", "calibration", "out", "force", "dry_run")
+LISTS = ("data", "eval_data", "calibration", "calibrate")
+PLACES = (*INPUTS, *LISTS, "out", "force", "dry_run")
 """Options that say where something is. Digests look at what is there, so that a run may be moved."""
 STAGE_OF = {"ceiling": "train"}
 """Sections that run adds by itself, and the stage each one calls."""
@@ -63,8 +66,7 @@ class Step:
     def digest(self) -> str:
         """Changes when the options or the content of an input do."""
         options = {k: v for k, v in self.options.outcome().items() if k not in PLACES}
-        lists = ("data", "eval_data", "calibration")
-        weights = [s.removeprefix(source_path(s)) for key in lists for s in getattr(self.options, key, ())]
+        weights = [s.removeprefix(source_path(s)) for key in LISTS for s in getattr(self.options, key, ())]
         inputs = [content_digest(item) for item in self.inputs]
         return sha256_json({"options": options, "inputs": inputs, "weights": weights})
 
@@ -132,11 +134,25 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
             filled["calibration"] = recipe.section("prune").get("calibration", ())  # streaming is its point
         if name == "ceiling":
             filled["model"] = model
+        if filled.get("calibrate"):
+            filled = {"large": model, "columns": options.columns} | filled
+            warn_of_eval_rows(filled["calibrate"], options.eval_data)
         if name in FOLDERS:
             filled |= {"out": str(run / FOLDERS[name])}
         built = from_mapping(SECTIONS[stage], filled, f"{options.recipe}: {stage}")
         steps.append(Step(name, built, inputs_of(built)))
     return steps
+
+
+def warn_of_eval_rows(calibrate: str | Sequence[str], eval_data: Sequence[str]) -> None:
+    """Say so where the scales are chosen on what the run ends with measuring."""
+    for spec in (calibrate,) if isinstance(calibrate, str) else calibrate:
+        if names_one_of(spec, eval_data):
+            logger.warning(
+                "recover.calibrate is %s, which the run also evaluates on: the ladder will flatter the adapter; give "
+                "other held-out rows",
+                spec,
+            )
 
 
 def small_before(done: list[str], name: str, recipe: Recipe) -> str | None:
@@ -152,8 +168,7 @@ def small_before(done: list[str], name: str, recipe: Recipe) -> str | None:
 def inputs_of(options: StageOptions) -> tuple[str, ...]:
     """The folders and files that options name."""
     named = [getattr(options, key, None) for key in INPUTS]
-    lists = ("data", "eval_data", "calibration")
-    listed = [source_path(spec) for key in lists for spec in getattr(options, key, ())]
+    listed = [source_path(spec) for key in LISTS for spec in getattr(options, key, ())]
     return tuple(str(item) for item in (*named, *listed) if item)
 
 
