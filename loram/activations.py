@@ -20,6 +20,9 @@ from loram.sizes import VALUE_BYTES, extent, is_target
 CHUNK_BYTES = 2**26
 """fp32 logits that exist at a time; loram.training.cross_entropy takes it from here."""
 MIN_ROWS = 16
+PRODUCT_TILE, PRODUCT_BYTES = 2**22, 11
+"""Entries of a masked update that exist at a time (loram.training.masked_product takes it from here), and what each of
+them takes: its fp32 value, its bit looked up as bytes, and the mask made of them."""
 LORA_INPUTS = {"q_proj": "norm", "k_proj": "norm", "v_proj": "norm", "gate_proj": "mlp norm", "up_proj": "mlp norm"}
 """Linears that read the same tensor."""
 
@@ -30,6 +33,7 @@ class Workload:
 
     `masked`: rows are padded or packed, so that attention is given a mask. `frozen_a`: LoRA-FA, which trains B alone.
     `layers`: the decoder layers that are adapted (none named: all). `supervised`: positions that carry loss.
+    `masked_update`: the updates themselves are masked, as on a model whose single weights were pruned.
     """
 
     batch: int
@@ -45,6 +49,7 @@ class Workload:
     attention: str = "sdpa"
     layers: tuple[int, ...] = ()
     supervised: int | None = None
+    masked_update: bool = False
 
     @property
     def value_bytes(self) -> int:
@@ -177,7 +182,7 @@ def kept_by_attention(layer: Layer, work: Workload) -> int:
 
 
 def kept_by_lora(layer: Layer, work: Workload, mask_bytes: int) -> int:
-    """Per token: of each adapted Linear the dropout mask, A's input and B's."""
+    """Per token: of each adapted Linear the dropout mask, A's input and B's; a masked update has no B's."""
     value, total = work.value_bytes, 0
     if work.layers and layer.number not in work.layers:
         return 0
@@ -185,7 +190,7 @@ def kept_by_lora(layer: Layer, work: Workload, mask_bytes: int) -> int:
     for name, (_, columns) in layer.linears.items():
         if not is_target(name, work.targets):
             continue
-        total += work.rank * value
+        total += 0 if work.masked_update else work.rank * value
         if work.dropout:
             total += columns * mask_bytes
         if work.frozen_a:
@@ -211,6 +216,14 @@ def backward_bytes(layers: Sequence[Layer], work: Workload) -> int:
     channels = max(layer.channels for layer in layers)
     hidden = layers[0].geometry.hidden
     return work.tokens * max(channels * (value + through_lora) + 2 * hidden * value, 5 * hidden * 4)
+
+
+def product_bytes(layers: Sequence[Layer], work: Workload) -> int:
+    """A tile of a masked update, while it is made and masked."""
+    if not work.masked_update:
+        return 0
+    largest = max(out * into for layer in layers for out, into in layer.linears.values())
+    return min(PRODUCT_TILE, largest) * PRODUCT_BYTES
 
 
 def loss_bytes(geometry: Geometry, work: Workload, *, soft_cap: bool) -> int:

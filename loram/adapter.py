@@ -30,7 +30,14 @@ KEYS = {
     ".lora_B.weight": ("b", False),
     ".lora_embedding_A": ("a", True),
     ".lora_embedding_B": ("b", True),
+    ".masked_A.weight": ("a", False),
+    ".masked_B.weight": ("b", False),
 }
+MASKED_TYPE = "LORAM_MASKED_LORA"
+"""peft_type of a small adapter whose update counts only where the small model's mask is on.
+
+No other program knows it, nor the names of its tensors: without the mask it is another adapter, and must not load.
+"""
 ABSORBING_INITS = ("pissa", "loftq", "corda", "olora", "lora_ga")
 
 
@@ -67,6 +74,11 @@ class Adapter:
     def rank(self) -> int:
         """The largest rank."""
         return max(pair.rank for pair in self.pairs.values())
+
+    @property
+    def masked(self) -> bool:
+        """Whether the update is s·(B·A) ∘ M, with the masks of the small model that it was trained on."""
+        return bool(self.config.get("peft_type") == MASKED_TYPE)
 
     @property
     def nbytes(self) -> int:
@@ -190,7 +202,7 @@ class StoredPairs(Mapping[str, LoraPair]):
 
 def check_make(path: Path, config: Any) -> None:
     """Refuse what is no plain LoRA, each with its reason."""
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", MASKED_TYPE):
         found = config.get("peft_type") if isinstance(config, dict) else "no JSON object"
         raise AdapterError(f"{path / CONFIG} has peft_type {found}; loram works on LORA adapters")
     for key in ("r", "lora_alpha"):

@@ -8,7 +8,7 @@ they would be as large as the model in 8 bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from loram.errors import PruningMapError
 from loram.shards import write_tensors
 
 MASK_FILE = ".mask.safetensors"
+Masks = Callable[[str], Tensor | None]
+"""A module's name → its keep-mask, bool (out, in); None where it has none."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loram.activations import Layer, Workload, backward_bytes, chunk_rows, kept_by_layer, layers_of, loss_bytes
+from loram.activations import (
+    Layer,
+    Workload,
+    backward_bytes,
+    chunk_rows,
+    kept_by_layer,
+    layers_of,
+    loss_bytes,
+    product_bytes,
+)
 from loram.families import family_of
 from loram.families.widths import Widths
 from loram.sizes import BITS, ENDS, VALUE_BYTES, count, is_target, lora_parameters
@@ -102,18 +111,21 @@ def resident(model: Model, work: Workload, hardware: Hardware) -> dict[str, int]
 
 
 def lora_parts(model: Model, work: Workload) -> dict[str, int]:
-    """LoRA in fp32 (autocast keeps a 16-bit copy for the step), its gradients, the optimizer's state."""
+    """LoRA in fp32 (autocast keeps a 16-bit copy for the step), its gradients, the optimizer's state, and the bits of
+    a masked update, which takes LoRA as it is."""
     layers = layers_of(model.config, model.widths)
     chosen = [layer for layer in layers if not work.layers or layer.number in work.layers]
     shapes = [shape for each in chosen for name, shape in each.linears.items() if is_target(name, work.targets)]
     ends = lora_parameters(model.config, work.rank, tuple(t for t in work.targets if t in ENDS))
     found = sum(out + into for out, into in shapes) * work.rank + ends
     trained = sum(out for out, _ in shapes) * work.rank if work.frozen_a else found
+    copied = (ends if work.masked_update else found) * (work.value_bytes if work.mixed else 0)
+    masks = {"masks": sum(out * -(-into // 8) for out, into in shapes)} if work.masked_update else {}
     return {
-        "lora": found * (4 + (work.value_bytes if work.mixed else 0)),
+        "lora": found * 4 + copied,
         "gradients": trained * 4,
         "optimizer": trained * OPTIMIZER_BYTES.get(work.optimizer, 8),
-    }
+    } | masks
 
 
 def step_parts(model: Model, work: Workload, hardware: Hardware) -> dict[str, int]:
@@ -126,7 +138,7 @@ def step_parts(model: Model, work: Workload, hardware: Hardware) -> dict[str, in
     base, again = (inputs, max(kept)) if work.checkpointing else (sum(kept), 0)
     base += work.tokens * (geometry.hidden + 1) * 4  # the last norm's input
     loss = loss_bytes(geometry, work, soft_cap=bool(model.config.get("final_logit_softcapping")))
-    backward = backward_bytes(layers, work) + dequantized_bytes(layers, work, model)
+    backward = backward_bytes(layers, work) + dequantized_bytes(layers, work, model) + product_bytes(layers, work)
     if loss > again + backward:
         return {"activations": base, "logits and loss": loss}
     return {"activations": base + again, "backward pass": backward}

@@ -30,6 +30,9 @@ def portability(adapter: Adapter, *, complete: bool = True) -> dict[str, Verdict
     strange = sorted(leaves - SERVED_LEAVES)
     patterns = bool(adapter.config.get("rank_pattern") or adapter.config.get("alpha_pattern"))
     fits = Verdict(False, "keys or shapes do not fit the base")
+    if adapter.masked:
+        masked = Verdict(False, "masked: recover it")
+        return dict.fromkeys(("peft", "vllm", "sglang", "llama_cpp"), masked)
     return {
         "peft": Verdict(True) if complete else fits,
         "vllm": fits if not complete else _vllm(adapter, strange, patterns),

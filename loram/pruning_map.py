@@ -121,6 +121,10 @@ class PruningMap:
         mask = self.mask(module)
         return None if mask is None else self._gather(module, mask)
 
+    def mask_in_small(self, module: str) -> Tensor | None:
+        """The same by the small model's own name of a module."""
+        return self.small_mask(self.numbering.to_large(module))
+
     def kept(self, module: str, dimension: int) -> Tensor | None:
         """Large-model indices that the small weight's `dimension` (0 out, 1 in) holds; None where it is whole."""
         weight, layer = self._find(module)

@@ -51,6 +51,10 @@ class LoraOptions(WritingOptions):
     alpha_pattern: tuple[str, ...] = option((), "Other alphas by module, e.g. q_proj=32.")
     rslora: bool = option(False, "Scale by alpha / sqrt(rank) (rsLoRA, 2312.03732).", flags=("--use-rslora",))
     init: str = option("default", "How A is drawn (B begins at zero).", choices=INITS, flags=("--init-lora-weights",))
+    unmasked_update: bool = option(
+        False,
+        "On a model with masks (semi, unstructured, given): train plain LoRA, and not only where the mask is on.",
+    )
     dora: bool = option(False, "Refused: DoRA's magnitudes do not carry over.", flags=("--use-dora",))
     modules_to_save: tuple[str, ...] = option((), "Refused: whole modules do not carry over.")
 

@@ -2,7 +2,8 @@
 
 cut(large) + small adapter ≡ large with the pruned rows and columns zeroed + recovered adapter
 (2502.13533); a dropped layer is one whose o and down are zero, so that it passes its input on. It speaks of the cut
-large weights, so it holds whatever refit, alignment or quantization did to the small model afterwards.
+large weights, so it holds whatever refit, alignment or quantization did to the small model afterwards. Where training
+masked the update, both sides of it count where the masks are on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 
 from loram.adapter import Adapter
 from loram.families.small import without_layers
+from loram.masks import Masks
+from loram.masks import masked as under
 from loram.modeling import load_model, small_classes
 from loram.pruning_map import PruningMap
 
@@ -33,28 +36,35 @@ class Check:
 
 @torch.no_grad()
 def identity_gap(
-    large: str, pruning_map: PruningMap, small_adapter: Adapter, recovered: Adapter, tokens: Tensor
+    large: str, pruning_map: PruningMap, adapters: tuple[Adapter, Adapter], tokens: Tensor, *, masked: bool = False
 ) -> float:
     """Largest logit difference between the two sides of the identity, relative to the largest logit.
 
-    `tokens` is (rows, length). Both sides are computed in fp32; about three copies of the large model are in memory.
+    `adapters`: the small one and the recovered one; `tokens` is (rows, length). Both sides are computed in fp32; about
+    three copies of the large model are in memory. `masked`: both updates count where the masks are on.
     """
+    small_adapter, recovered = adapters
     model = load_model(large, dtype="fp32")
     model.train(False)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     zeroed = {n: pruning_map.twin(_module(n), t) for n, t in state.items()}
-    apply_adapter(zeroed, recovered)
+    apply_adapter(zeroed, recovered, pruning_map.mask if masked else None)
     model.load_state_dict(zeroed)
     expected = model(input_ids=tokens, use_cache=False).logits
     config = dict(model.config.to_dict())
     del model, zeroed
-    small = cut_model(config, pruning_map, state, small_adapter)
+    masks = pruning_map.mask_in_small if masked else None
+    small = cut_model(config, pruning_map, state, small_adapter, masks)
     found = small(input_ids=tokens, use_cache=False).logits
     return float((found - expected).abs().max() / expected.abs().max())
 
 
 def cut_model(
-    config: Mapping[str, Any], pruning_map: PruningMap, state: Mapping[str, Tensor], adapter: Adapter
+    config: Mapping[str, Any],
+    pruning_map: PruningMap,
+    state: Mapping[str, Tensor],
+    adapter: Adapter,
+    masks: Masks | None,
 ) -> PreTrainedModel:
     """cut(large) with the small adapter added to its weights, as a transformers model in fp32."""
     widths, numbering = pruning_map.widths, pruning_map.numbering
@@ -66,15 +76,17 @@ def cut_model(
     small.train(False)
     names = {name: new for name in state if (new := numbering.to_small(name)) is not None}
     weights = {new: pruning_map.cut(_module(name), state[name]) for name, new in names.items()}
-    apply_adapter(weights, adapter)
+    apply_adapter(weights, adapter, masks)
     small.load_state_dict(weights)
     return small
 
 
-def apply_adapter(weights: dict[str, Tensor], adapter: Adapter) -> None:
-    """Add every module's s·B·A to `weights`, in place of the entries it touches."""
+def apply_adapter(weights: dict[str, Tensor], adapter: Adapter, masks: Masks | None = None) -> None:
+    """Add every module's s·B·A to `weights`, in place of the entries it touches; where there are masks, under them."""
     for module, pair in adapter.pairs.items():
         delta = pair.scale * (pair.b.float() @ pair.a.float())
+        mask = masks(module) if masks is not None else None
+        delta = delta if mask is None else under(delta, mask)
         name = f"{module}.weight"
         weights[name] = weights[name] + (delta.T if pair.embedding else delta)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from loram.activations import Layer, Workload, backward_bytes, kept_by_layer, layers_of, loss_bytes
 from loram.families.widths import Widths
 from loram.training.cross_entropy import without_logits
+from loram.training.masked_lora import mask_updates
 
 RANK, BATCH, LENGTH = 3, 2, 12
 WORK = Workload(batch=BATCH, length=LENGTH, rank=RANK, dtype="fp32", dropout=0.0)
@@ -40,10 +41,13 @@ def counted(name: str, work: Workload, attention: str = "sdpa", frozen_a: bool =
     base = make(name).train().to(torch.float32 if work.dtype == "fp32" else torch.bfloat16)
     base.set_attn_implementation(attention)
     config = LoraConfig(r=RANK, lora_dropout=work.dropout, target_modules=list(leaves(name)), task_type="CAUSAL_LM")
+    if work.masked_update:
+        mask_updates(config, lambda module: half_of(base.get_submodule(module).weight) if "layers" in module else None)
     model: Any = get_peft_model(base, config)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in key or ("lora_A" in key and not frozen_a))
-    known: dict[int, Tensor] = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
+    there = [*model.parameters(), *model.buffers()]
+    known: dict[int, Tensor] = {p.untyped_storage().data_ptr(): p for p in there}
     total = 0
 
     def keep(tensor: Tensor) -> Tensor:
@@ -65,10 +69,15 @@ def counted(name: str, work: Workload, attention: str = "sdpa", frozen_a: bool =
     return total
 
 
+def half_of(weight: Tensor) -> Tensor:
+    return torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+
+
 def without_tokens(name: str, layer: Layer, work: Workload) -> int:
     """What is kept once, and not of every token: LoRA's 16-bit copies; of Gemma, 1 + each norm's weight, and the
     rotary tables of the first layer of its kind."""
-    lora = sum(out + into for out, into in layer.linears.values()) * RANK * 2 if work.mixed else 0
+    copied = work.mixed and not work.masked_update
+    lora = sum(out + into for out, into in layer.linears.values()) * RANK * 2 if copied else 0
     if not name.startswith("gemma"):
         return lora
     return lora + layer.norms * HIDDEN * 4 + 2 * head_dim(name) * (4 + LENGTH * work.value_bytes)
@@ -80,6 +89,18 @@ def without_tokens(name: str, layer: Layer, work: Workload) -> int:
 @pytest.mark.parametrize("name", GROUPED)
 def test_what_a_layer_keeps(name: str, dtype: str, dropout: float, masked: bool, stock: Callable[[str], Any]) -> None:
     work = replace(WORK, dtype=dtype, dropout=dropout, masked=masked)
+    layer = layers_of(raw_config(stock(name)), None)[1]
+    assert counted(name, work) == kept_by_layer(layer, work, 4) + without_tokens(name, layer, work)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3_text-gqa", "phi3-gqa"])
+def test_what_a_layer_keeps_whose_update_is_masked(
+    name: str, dtype: str, dropout: float, stock: Callable[[str], Any]
+) -> None:
+    """x, and nothing of the product."""
+    work = replace(WORK, dtype=dtype, dropout=dropout, masked_update=True)
     layer = layers_of(raw_config(stock(name)), None)[1]
     assert counted(name, work) == kept_by_layer(layer, work, 4) + without_tokens(name, layer, work)
 

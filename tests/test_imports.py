@@ -58,7 +58,7 @@ LAYERS: list[set[str]] = [
         "portability",
         "group_scales",
     },
-    {"data", "pruning", "cutting", "gathering", "merging", "rewriting"},
+    {"data", "pruning", "cutting", "gathering", "merging", "rewriting", "hidden_update"},
     {"training.cross_entropy"},
     {"blockwise"},
     {"training"},
@@ -99,6 +99,7 @@ SIBLINGS = {
     "portability": {"adapter"},
     "renumbering": {"adapter"},
     "group_scales": {"adapter"},
+    "hidden_update": {"merging"},
     "modeling": {"quantization"},
     "hub.download": {"hub.failures"},
 }

@@ -12,7 +12,7 @@ import peft
 import pytest
 from stock_models import GROUPED, leaves, make, raw_config
 
-from loram.activations import Workload
+from loram.activations import PRODUCT_BYTES, PRODUCT_TILE, Workload
 from loram.families.widths import Widths
 from loram.memory_model import CPU, CUDA, Hardware, MemoryPlan, Model, training_memory
 from loram.sizes import NF4_BITS
@@ -44,6 +44,19 @@ def test_weights_lora_and_gradients_are_the_tensors_of_real_models(name: str, st
     assert plan(config, frozen_a=True).parts["gradients"] == rows * 4
     one = sum(p.numel() for key, p in model.named_parameters() if "lora_" in key and ".layers.1." in key)
     assert plan(config, layers=(1,)).parts["lora"] == one * 4
+
+
+def test_a_masked_update_takes_a_bit_a_weight_and_a_tile(stock: Callable[[str], Path]) -> None:
+    config = raw_config(stock("llama-gqa"))
+    bits = sum(p.shape[0] * -(-p.shape[1] // 8) for n, p in make("llama-gqa").named_parameters() if "_proj" in n)
+    parts = plan(config, masked_update=True).parts
+    assert parts["masks"] == bits
+    assert "masks" not in plan(config).parts
+    assert parts["lora"] == plan(config).parts["lora"]
+    assert plan(config, masked_update=True, dtype="bf16").parts["lora"] == parts["lora"]  # no 16-bit copy
+    few = LLAMA_8B | {"vocab_size": 512}  # so that no logits are larger than what goes backward
+    more = plan(few, masked_update=True).parts["backward pass"] - plan(few).parts["backward pass"]
+    assert more == PRODUCT_TILE * PRODUCT_BYTES
 
 
 @BOTH

@@ -21,8 +21,11 @@ from loram.checkpoint import BY_FLAG, Checkpoint
 from loram.data.collate import IGNORED
 from loram.data.encoding import EncodedRow
 from loram.evaluation.losses import RowLosses
+from loram.evaluation.under_masks import masks_for
+from loram.masks import Masks
 from loram.memory_model import HIDDEN_MEMORY
 from loram.progress import SILENT, Progress
+from loram.training.masked_product import masked_product, packed_rows
 
 LENGTHS = 8
 """Lengths that rows are padded to at most: each is one more set of windows, and less padding."""
@@ -63,7 +66,8 @@ class StreamedModel:
             # The groups are there together: all of them in memory, or all in files.
             runner.hidden_memory = self.hidden_memory * (values * BY_FLAG[self.dtype].itemsize <= self.hidden_memory)
             progress.begin(label, runner.layers)
-            sums = window_sums(runner, windows, {} if adapter is None else adapter.pairs, progress)
+            masks = None if adapter is None else masks_for(adapter, self.folder)
+            sums = window_sums(runner, windows, {} if adapter is None else adapter.pairs, progress, masks)
             progress.end()
         nll = [0.0] * len(rows)
         for index, value in zip([index for group in groups for index in group], sums, strict=True):
@@ -72,13 +76,17 @@ class StreamedModel:
 
 
 def window_sums(
-    runner: BlockRunner, windows: list[tuple[Tensor, Tensor]], pairs: Mapping[str, LoraPair], progress: Progress
+    runner: BlockRunner,
+    windows: list[tuple[Tensor, Tensor]],
+    pairs: Mapping[str, LoraPair],
+    progress: Progress,
+    masks: Masks | None = None,
 ) -> list[float]:
     """The summed loss of every window of (ids, labels), of all groups one after the other."""
     states = [runner.embed(ids) for ids, _ in windows]
     add_embedding(runner, pairs, states, [ids for ids, _ in windows])
     for number in range(runner.layers):
-        with runner.block(number, states[0]) as block, adapted(block.module, block.name, pairs):
+        with runner.block(number, states[0]) as block, adapted(block.module, block.name, pairs, masks):
             for hidden in states:
                 block.on(hidden).run()
         progress.advance()
@@ -109,10 +117,14 @@ def padded_windows(rows: list[EncodedRow]) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def adapted(module: nn.Module, name: str, pairs: Mapping[str, LoraPair]) -> Iterator[None]:
+def adapted(module: nn.Module, name: str, pairs: Mapping[str, LoraPair], masks: Masks | None = None) -> Iterator[None]:
     """While the block runs, the Linears in a module of this name, or the module itself, have their LoRA beside them."""
     named = {f"{name}.{path}".removesuffix("."): part for path, part in module.named_modules()}
-    handles = [part.register_forward_hook(beside(pairs[each])) for each, part in named.items() if each in pairs]
+    handles = [
+        part.register_forward_hook(beside(pairs[each], masks(each) if masks is not None else None))
+        for each, part in named.items()
+        if each in pairs
+    ]
     try:
         yield
     finally:
@@ -120,15 +132,18 @@ def adapted(module: nn.Module, name: str, pairs: Mapping[str, LoraPair]) -> Iter
             handle.remove()
 
 
-def beside(pair: LoraPair) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook that adds s·B·A·x, computed in fp32 as peft does."""
+def beside(pair: LoraPair, mask: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook that adds s·B·A·x, or under a mask (s·(B·A) ∘ M)·x, computed in fp32 as peft does."""
     held: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    bits = None if mask is None else packed_rows(mask)
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]
         if x.device not in held:
             held[x.device] = (pair.a.to(x.device).float(), pair.b.to(x.device).float())
         a, b = held[x.device]
+        if bits is not None:
+            return (output + masked_product(x.float(), a, b, bits.to(x.device), pair.scale)).to(output.dtype)
         return (output + (x.float() @ a.T @ b.T) * pair.scale).to(output.dtype)
 
     return hook

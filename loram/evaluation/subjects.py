@@ -1,7 +1,7 @@
 """What is evaluated: a model, with or without an adapter, one model in memory at a time, or one block of it.
 
 Adapters are loaded by stock peft, as a user of the result would, after the shapes have been compared:
-peft itself passes over modules that the model does not have.
+peft itself passes over modules that the model does not have. One that was masked in training gets its masks again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from loram.evaluation.losses import RowLosses, measure
 from loram.evaluation.room import free_bytes, whole_bytes
 from loram.evaluation.streamed import StreamedModel
 from loram.evaluation.tasks import run_tasks
+from loram.evaluation.under_masks import masks_for
 from loram.memory import format_bytes
 from loram.modeling import empty_model, load_model
 from loram.progress import Progress
-from loram.training.lora import without_peft_noise
+from loram.training.lora import attach_masked, without_peft_noise
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def examine(subjects: Sequence[Subject], exam: Exam, progress: Progress) -> dict
         try:
             model = place(load_model(path, dtype=exam.dtype))
             for subject in mine:
-                tested = model if subject.adapter is None else attach(model, subject.adapter)
+                tested = model if subject.adapter is None else attach(model, subject.adapter, path)
                 found[subject.name] = take(subject, tested, exam, progress, with_tasks=subject is subjects[-1])
                 model = model if subject.adapter is None else tested.unload()
         except torch.OutOfMemoryError as error:
@@ -119,11 +120,17 @@ def by_blocks(subject: Subject, exam: Exam, progress: Progress) -> Measured:
     return Measured(streamed.measure(exam.rows, adapter, progress, subject.name))
 
 
-def attach(model: Any, adapter: Path) -> Any:
-    """The model with an adapter on it; MismatchError where the adapter is another model's."""
+def attach(model: Any, adapter: Path, folder: Path | None = None) -> Any:
+    """The model with an adapter on it; MismatchError where the adapter is another model's.
+
+    `folder`: where the model was loaded from, with the masks that a masked adapter needs.
+    """
     loaded = load_adapter(adapter)
     check_finite(loaded, adapter)
     check_modules(loaded, partial(module_shape, model, adapter), set(), adapter)
+    masks = masks_for(loaded, folder)
+    if masks is not None:
+        return attach_masked(model, loaded, masks)
     with without_peft_noise():
         return PeftModel.from_pretrained(model, str(adapter))
 

@@ -134,7 +134,8 @@ def trained_weights(work: Work, model: Any) -> dict[str, nn.Parameter]:
     options = work.options
     if options.scope == "lora":
         model.requires_grad_(False)
-        return add_lora(model, options.rank, options.seed)
+        masks = work.pruning_map.mask_in_small if work.pruning_map.masked else None
+        return add_lora(model, options.rank, options.seed, masks)
     return prepare(model, trained_names(model, options.scope), work.checkpoint)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from loram.families.widths import Cut, Widths, parse_ratio
 from loram.memory import available_bytes, format_bytes, resident_bytes
 from loram.memory_model import CPU, CUDA, MemoryPlan, Model, training_memory
 from loram.options import TrainOptions
+from loram.stages.masking import is_masked
 from loram.train_options import parse_layers
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,10 @@ def training_of(options: TrainOptions, folder: Path, small: Manifest | None, row
     model = Model(config, recorded_widths(config), quantized_type(config), stored)
     return Training(
         model,
-        workload_of(options, rows, str(config.get("attn_implementation") or "sdpa")),
+        replace(
+            workload_of(options, rows, str(config.get("attn_implementation") or "sdpa")),
+            masked_update=is_masked(options, small),
+        ),
         CUDA if torch.cuda.is_available() else CPU,
         options.model,
         options.accumulate,

@@ -65,7 +65,9 @@ def small_source(adapter: str | Path, small: str | Path | None) -> SmallSource:
             )
     if source.base is None:
         raise InputError(f"{place}/loram.json does not name the large model; it is damaged: run the stage again")
-    return SmallSource(chosen, moved(source.base, place, folder), source.compression)
+    # The adapter's own copy knows its masks by digest; the small model's has them.
+    fullest = next((found for _, found, _ in maps if found.masks), chosen)
+    return SmallSource(fullest, moved(source.base, place, folder), source.compression)
 
 
 def check_digest(folder: str | Path, pruning_map: PruningMap, recorded: str | None) -> str:

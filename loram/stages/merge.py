@@ -18,6 +18,7 @@ from loram.progress import SILENT, Progress
 from loram.results import StageResult
 from loram.stages.carried import copy_files
 from loram.stages.lineage import check_same, find_large, parent_of
+from loram.stages.masking import refuse_masked
 
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 CONFIG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -52,6 +53,7 @@ def merge(options: MergeOptions, progress: Progress = SILENT) -> MergeResult:
             f"run `loram recover {options.adapter} -o ADAPTER` first"
         )
     adapter = load_adapter(options.adapter, streamed=True)
+    refuse_masked(adapter, options.adapter)
     check_init(adapter, options.adapter)
     check_finite(adapter, options.adapter)
     base = base_folder(options, manifest)

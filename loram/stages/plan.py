@@ -32,8 +32,8 @@ from loram.sizes import Counts, count, paper_bytes, weight_bytes
 
 BAR = 24
 DENSE = (
-    "single weights are pruned: their zeros are stored, so bytes and memory are those of the large model; the masks of "
-    "masked training are not counted"
+    "single weights are pruned: their zeros are stored, so bytes and memory are those of the large model, and training "
+    "has a mask of one bit a weight on its updates"
 )
 STEPS = tuple(Fraction(n, 20) for n in range(1, 20))
 """Ratios that `--memory` tries: 0.05, 0.10 … 0.95."""
@@ -259,6 +259,7 @@ def workload(options: PlanOptions) -> Workload:
         dtype=options.dtype,
         checkpointing=options.checkpointing,
         optimizer=options.optimizer,
+        masked_update=options.by_weight,
     )
 
 

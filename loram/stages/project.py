@@ -16,6 +16,7 @@ from loram.renumbering import renumbered
 from loram.results import StageResult
 from loram.stages.carried import copy_files
 from loram.stages.lineage import check_digest, moved, parent_of
+from loram.stages.masking import refuse_masked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ def project(options: ProjectOptions, progress: Progress = SILENT) -> ProjectResu
     check_digest(options.small, pruning_map, small.pruning_map_sha256)
     check_same_base(options, small)
     adapter = load_adapter(options.adapter)
+    refuse_masked(adapter, options.adapter)
     check_init(adapter, options.adapter)
     check_finite(adapter, options.adapter)
     projected = project_adapter(adapter, pruning_map, options.adapter)

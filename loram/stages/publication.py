@@ -111,6 +111,8 @@ def verified_adapter(options: PushOptions) -> tuple[str, Verdict]:
             f"{options.adapter} fails verify and was not pushed: {failed[0].name}: {failed[0].detail}"
             + (f" (and {len(failed) - 1} more)" if failed[1:] else "")
         )
+    if not result.portable["peft"].ok:
+        raise KindError(f"{options.adapter} is not for others and was not pushed ({result.portable['peft'].note})")
     unchecked = [check.name for check in result.checks if check.detail.startswith("not checked")]
     if unchecked:
         logger.warning("%s was not checked against its large model; add --large FOLDER to be sure", options.adapter)

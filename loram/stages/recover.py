@@ -19,6 +19,7 @@ from loram.adapter import (
 from loram.artifact import Base, Draft, Manifest, check_output, drafting, read_manifest
 from loram.data.places import source_path
 from loram.errors import KindError
+from loram.hidden_update import HiddenUpdate
 from loram.memory import check_disk
 from loram.options import RecoverOptions
 from loram.progress import SILENT, Progress
@@ -28,6 +29,7 @@ from loram.results import StageResult
 from loram.sealing import checkpoints_of, discard, keep_only_steps, set_aside
 from loram.stages.carried import copy_files
 from loram.stages.lineage import SmallSource, moved, parent_of, small_source
+from loram.stages.masking import RECORD, hidden_in_small, recorded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +41,14 @@ class RecoverResult(StageResult):
     base_id: str
     dropped: tuple[str, ...] = ()
     calibration: dict[str, Any] | None = None
+    hidden: HiddenUpdate | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """path, modules, rank; after --calibrate `scales`, `found`, and `loss.choose`, `loss.check`."""
+        """path, modules, rank; where there are masks `mask`; after --calibrate `scales`, `found`, and `loss.choose`,
+        `loss.check`."""
         body = super().to_json() | {"modules": self.modules, "rank": self.rank, "base": self.base_id}
+        if self.hidden is not None:
+            body["mask"] = self.hidden.to_json()
         told = self.calibration or {}
         return body | {key: told[key] for key in ("scales", "found", "loss") if key in told}
 
@@ -51,6 +57,8 @@ class RecoverResult(StageResult):
         lines = [f"recovered {self.modules} modules of rank {self.rank} for {self.base_id}"]
         if self.dropped:
             lines.append(f"left out {len(self.dropped)} base weights that PEFT had saved along: {self.dropped[0]} …")
+        if self.hidden is not None:
+            lines.append(str(self.hidden))
         return "\n".join([*lines, *(describe(self.calibration) if self.calibration else [])])
 
 
@@ -77,6 +85,7 @@ def recover(options: RecoverOptions, progress: Progress = SILENT) -> RecoverResu
         rank=recovered.rank,
         base_id=base_id,
         dropped=adapter.dropped,
+        hidden=hidden_from(adapter, source, manifest),
         path=None if options.dry_run else Path(options.out),
         next_command=f"loram verify {options.out}",
     )
@@ -91,6 +100,8 @@ def recover(options: RecoverOptions, progress: Progress = SILENT) -> RecoverResu
         recovered.save(draft.path, base_id)
         copy_files(options.adapter, draft.path)
         draft.manifest = replace(recovered_manifest(options, draft, source, made), calibration=record)
+        if result.hidden is not None:
+            draft.manifest = replace(draft.manifest, training={RECORD: result.hidden.to_json()})
         set_aside(draft.path, draft.out)
     discard(draft.out)
     return replace(result, calibration=record)
@@ -132,6 +143,13 @@ def describe(record: Mapping[str, Any]) -> list[str]:
     return ["calibrated: " + ", ".join(f"{name} {scale:g}" for name, scale in scales.items()), *lines]
 
 
+def hidden_from(adapter: Adapter, source: SmallSource | None, manifest: Manifest | None) -> HiddenUpdate | None:
+    """What the masks hid of the update: by the masks themselves where they are at hand, else as training noted it."""
+    if source is not None and source.pruning_map.masks:
+        return hidden_in_small(adapter, source.pruning_map)
+    return recorded(manifest)
+
+
 def recover_adapter(adapter: Adapter, pruning_map: PruningMap, where: str | Path) -> Adapter:
     """The adapter in large coordinates; MismatchError where it does not fit the map."""
     numbering = pruning_map.numbering
@@ -142,7 +160,8 @@ def recover_adapter(adapter: Adapter, pruning_map: PruningMap, where: str | Path
         a, b = pruning_map.embed_pair(numbering.to_large(module), pair.a, pair.b)
         return replace(pair, a=a, b=b)
 
-    recovered = adapter.map_pairs(embed)
+    # A masked update is whole from here on: the large model has no mask.
+    recovered = replace(adapter.map_pairs(embed), config=adapter.config | {"peft_type": "LORA"})
     return recovered if numbering.whole else renumbered(recovered, numbering.to_large)
 
 

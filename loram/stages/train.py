@@ -16,6 +16,7 @@ from loram.data.sources import read_sources, weighted
 from loram.data.summary import DataSummary, stop_tokens
 from loram.device import resolve_dtype
 from loram.errors import InputError, KindError, OptionError
+from loram.hidden_update import HiddenUpdate
 from loram.hub.download import resolve_model, split_id
 from loram.memory import format_bytes
 from loram.modeling import load_model, load_tokenizer
@@ -27,6 +28,7 @@ from loram.results import StageResult
 from loram.stages.carried import copy_files
 from loram.stages.fitting import advised, memory_plan, predicted, training_of, warn
 from loram.stages.lineage import moved, parent_of
+from loram.stages.masking import look_behind, recorded, refuse_unmaskable, training_masks
 from loram.stages.resuming import earlier_result, identity_of, is_same_run, open_session, writing
 from loram.stages.watching import held_out, watch_of
 from loram.training.checkpoints import discard, set_aside
@@ -45,12 +47,16 @@ class TrainResult(StageResult):
     data: DataSummary
     run: TrainingRun | None = None
     training: Training | None = None
+    hidden: HiddenUpdate | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """`path`, `steps`, `loss.first`, `loss.last`, `tokens_per_second`, `peak_bytes`, `predicted_bytes`, `data`."""
+        """`path`, `steps`, `loss.first`, `loss.last`, `tokens_per_second`, `peak_bytes`, `predicted_bytes`, `data`;
+        where there are masks, `mask`."""
         body = super().to_json() | {"data": self.data.to_json()}
         if self.training is not None:
             body |= {"predicted_bytes": predicted(self.training), "predicted_parts": memory_plan(self.training).parts}
+        if self.hidden is not None:
+            body["mask"] = self.hidden.to_json()
         if self.run is None:
             return body
         return body | {
@@ -71,6 +77,7 @@ class TrainResult(StageResult):
             f"{self.run.steps} steps: training loss {self.run.loss_first:.3f} → {self.run.loss_last:.3f}, "
             f"{self.run.tokens_per_second:,.0f} tokens/s, peak {format_bytes(self.run.peak_bytes)}"
             + (f" ({self.predicted()} predicted)" if self.training else "")
+            + (f"\n{self.hidden}" if self.hidden else "")
         )
 
     def predicted(self) -> str:
@@ -87,6 +94,7 @@ def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
     folder, small = trainable(options.model)
     if options.compile:
         refuse_compiled(folder)
+    refuse_unmaskable(options, folder, small)
     tokenizer = load_tokenizer(folder)
     length = within_context(options.max_length, read_config(folder))
     sources = weighted(read_sources(options.data, options.columns, options.system, weights=True), options.seed)
@@ -103,8 +111,9 @@ def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
     if earlier is not None and is_same_run(earlier, now):
         run = finished_run(out)
         logger.info("%s is finished already, at step %d; to train it anew add --force", out, run.steps)
-        return TrainResult(path=out, next_command=command, data=summary, run=run)
+        return TrainResult(path=out, next_command=command, data=summary, run=run, hidden=recorded(earlier))
     check_output(out, inputs, force=options.force)
+    hidden = None
     with stop_on_signals() as stop:
         session = open_session(options, out, now, stop, watch)
         with writing(options, out) as draft:
@@ -115,10 +124,11 @@ def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
                 copy_files(folder, draft.path)
                 if small is not None:
                     read_map(folder).without_masks().save(draft.path)
+                    hidden = look_behind(draft, folder)
                 set_aside(draft.path, out)
     if is_writer():
         discard(out)
-    return TrainResult(path=out, next_command=command, data=summary, run=run, training=training)
+    return TrainResult(path=out, next_command=command, data=summary, run=run, training=training, hidden=hidden)
 
 
 def trainable(model: str) -> tuple[Path, Manifest | None]:
@@ -147,7 +157,7 @@ def train_into(
 ) -> TrainingRun:
     """Load, wrap, train, save."""
     dtype = resolve_dtype(options.dtype)
-    model = wrap(load_model(folder, dtype=dtype), options)
+    model = wrap(load_model(folder, dtype=dtype), options, training_masks(options, folder))
     trained, total = model.get_nb_trainable_parameters()
     logger.info(
         "%s: LoRA trains %s of %s parameters (%.2f%%)", dtype, f"{trained:,}", f"{total:,}", 100 * trained / total

@@ -12,6 +12,7 @@ from loram.artifact import Manifest, find_location, read_manifest, require_folde
 from loram.checkpoint import Checkpoint
 from loram.errors import FamilyError, LoramError, OptionError
 from loram.families import family_of
+from loram.hidden_update import HiddenUpdate, hidden_update
 from loram.options import VerifyOptions
 from loram.portability import Verdict, portability
 from loram.progress import SILENT, Progress
@@ -20,6 +21,7 @@ from loram.pruning_map import PruningMap, read_map
 from loram.results import StageResult
 from loram.stages.calibration_record import check_scales, rescaled
 from loram.stages.lineage import check_base, check_digest, find_large
+from loram.stages.masking import recorded
 from loram.stages.project import project_adapter
 from loram.stages.recover import recover_adapter
 from loram.verification import Check, identity_gap, nonzero_shares
@@ -93,6 +95,8 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> VerifyResult:
     if manifest is not None and manifest.calibration is not None:
         record = manifest.calibration
         check("scales", lambda: check_scales(record, adapter, small_adapter_of(folder), small, folder))
+    if hidden := hidden_of(options, manifest, adapter, small):
+        checks.append(Check("mask", True, str(hidden)))
     if options.numeric:
         check("identity", lambda: look_identity(options, manifest, adapter, small))
     complete = all(c.ok for c in checks if c.name in ("base", "map", "modules and shapes"))
@@ -123,9 +127,15 @@ def ancestors(folder: Path) -> Iterator[Path]:
 
 
 def map_of(folder: Path, small: str | None) -> PruningMap | None:
-    """The pruning map in the adapter's folder, in the small model given, or in an ancestor."""
+    """The pruning map in the adapter's folder, in the small model given, or in an ancestor.
+
+    Where that knows its masks by digest only, the same map of an ancestor that has them, if there is one.
+    """
     places = [*([Path(small)] if small else []), *ancestors(folder)]
-    return next((read_map(place) for place in places if (place / MAP_FILE).is_file()), None)
+    maps = [read_map(place) for place in places if (place / MAP_FILE).is_file()]
+    if not maps:
+        return None
+    return next((found for found in maps if found.masks and found.sha256 == maps[0].sha256), maps[0])
 
 
 def small_adapter_of(folder: Path) -> Adapter | None:
@@ -193,6 +203,18 @@ def look_nonzero(adapter: Adapter) -> str:
     )
 
 
+def hidden_of(
+    options: VerifyOptions, manifest: Manifest | None, adapter: Adapter, small: PruningMap | None
+) -> HiddenUpdate | None:
+    """What masks hid of the update: by the masks where they are at hand, else as it was recorded; None without any."""
+    noted = recorded(manifest)
+    if small is None or not small.masks:
+        return noted
+    narrow = manifest is not None and manifest.kind == "small-adapter"
+    masked = adapter.masked or (noted is not None and noted.masked)
+    return hidden_update(adapter, small.mask_in_small if narrow else small.mask, masked)
+
+
 def look_identity(options: VerifyOptions, manifest: Manifest | None, adapter: Adapter, small: PruningMap | None) -> str:
     """The LoRAM identity on one batch of random tokens."""
     import torch
@@ -213,7 +235,9 @@ def look_identity(options: VerifyOptions, manifest: Manifest | None, adapter: Ad
             narrow = rescaled(made_from, manifest.calibration if manifest else None, small, options.adapter)
     generator = torch.Generator().manual_seed(options.seed)
     tokens = torch.randint(0, small.geometry.vocab, (2, 32), generator=generator)
-    gap = identity_gap(str(large), small, narrow, wide, tokens)
+    noted = recorded(manifest)
+    masked = narrow.masked or (noted is not None and noted.masked)
+    gap = identity_gap(str(large), small, (narrow, wide), tokens, masked=masked)
     if not gap <= TOLERANCE:
         raise OptionError(f"logits differ by {gap:.1e} relative, more than {TOLERANCE:.0e}: the recovery is wrong")
-    return f"logits agree to {gap:.1e} relative"
+    return f"logits agree to {gap:.1e} relative" + (", the update masked on both sides" if masked else "")

@@ -2,6 +2,7 @@
 
 The seed is set before wrapping, because that is when A is drawn. LoRA weights are fp32 also on a
 bf16 base. Saving never takes base weights along (peft does for lm_head and embeddings by itself).
+A masked update is saved under names that nothing but loram reads: without its mask it is another adapter.
 """
 
 from __future__ import annotations
@@ -15,25 +16,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from loram.adapter import CONFIG, MASKED_TYPE, PREFIX, WEIGHTS, Adapter
+from loram.artifact import read_json, write_json
 from loram.errors import OptionError
+from loram.masks import Masks
 from loram.option_fields import did_you_mean, flag
 from loram.options import TrainOptions
 from loram.shards import write_tensors
 from loram.train_options import parse_layers, parse_pattern
+from loram.training.masked_lora import mask_updates, masked_modules
 
 logger = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"
 
 
-def wrap(model: PreTrainedModel, options: TrainOptions) -> PeftModel:
-    """The model with fresh LoRA weights; the base is frozen."""
+def wrap(model: PreTrainedModel, options: TrainOptions, masks: Masks | None = None) -> PeftModel:
+    """The model with fresh LoRA weights, its updates masked where there are masks; the base is frozen."""
     config = lora_config(model, options)
     warn_of_tied_ends(model, config)
+    if masks is not None:
+        mask_updates(config, masks)
     set_seed(options.seed)
     with without_peft_noise():
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -155,15 +162,39 @@ def matches(target: str, name: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
+def attach_masked(model: Any, adapter: Adapter, masks: Masks) -> PeftModel:
+    """The small model with an adapter whose update was masked in training, in evaluation mode."""
+    plain = adapter.config | {"peft_type": "LORA", "inference_mode": True, "base_model_name_or_path": None}
+    config: LoraConfig = LoraConfig.from_peft_type(**plain)  # type: ignore[no-untyped-call]
+    with without_peft_noise():
+        wrapped = get_peft_model(model, mask_updates(config, masks), autocast_adapter_dtype=True)
+    assert isinstance(wrapped, PeftModel)
+    state: dict[str, Any] = {}
+    for module, pair in adapter.pairs.items():
+        names = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
+        state |= {f"{PREFIX}{module}.{name}": value for name, value in zip(names, (pair.a, pair.b), strict=True)}
+    set_peft_model_state_dict(wrapped, state)
+    return wrapped.eval()
+
+
 def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
     """adapter_config.json and adapter_model.safetensors, and nothing else (peft adds a placeholder card)."""
     state: dict[str, Any] = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in sorted(state.items())}
-    write_tensors(folder / "adapter_model.safetensors", tensors)
+    masked = masked_modules(model)
+    write_tensors(folder / WEIGHTS, {stored_name(name, masked): tensor for name, tensor in tensors.items()})
     config: Any = model.peft_config["default"]
     training = config.target_modules, config.inference_mode, config.base_model_name_or_path
     # peft keeps the targets as a set, whose order differs between processes; a list keeps files equal.
     config.target_modules, config.inference_mode = sorted(config.target_modules), True
     config.base_model_name_or_path = base_name
     config.save_pretrained(str(folder))
+    if masked:
+        write_json(folder / CONFIG, read_json(folder / CONFIG) | {"peft_type": MASKED_TYPE})
     config.target_modules, config.inference_mode, config.base_model_name_or_path = training
+
+
+def stored_name(name: str, masked: set[str]) -> str:
+    """A factor's name in the file; another one where its module's update is masked."""
+    module, _, rest = name.partition(".lora_")
+    return f"{module}.masked_{rest}" if module in masked else name

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loram.adapter import LoraPair
 from loram.checkpoint import Checkpoint
+from loram.masks import Masks
 from loram.merging import TileDelta
 
 LORA_ALPHA = 2.0
@@ -42,12 +43,16 @@ def prepare(model: Any, names: list[str], checkpoint: Checkpoint) -> dict[str, n
     return {name: parameters[name] for name in names}
 
 
-def add_lora(model: Any, rank: int, seed: int) -> dict[str, nn.Parameter]:
-    """LoRA on every Linear but the head; its factors by name. The model is wrapped in place."""
+def add_lora(model: Any, rank: int, seed: int, masks: Masks | None = None) -> dict[str, nn.Parameter]:
+    """LoRA on every Linear but the head, its updates masked where there are masks; its factors by name.
+
+    The model is wrapped in place.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
     from loram.training.lora import leaf_names, without_peft_noise
+    from loram.training.masked_lora import mask_updates
 
     targets = sorted(leaf_names(model, (nn.Linear,)))
     config = LoraConfig(
@@ -58,6 +63,8 @@ def add_lora(model: Any, rank: int, seed: int) -> dict[str, nn.Parameter]:
         bias="none",
         task_type="CAUSAL_LM",
     )
+    if masks is not None:
+        mask_updates(config, masks)
     set_seed(seed)
     with without_peft_noise():
         get_peft_model(model, config, autocast_adapter_dtype=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 from loram.artifact import read_manifest
 from loram.checkpoint import Checkpoint
 from loram.errors import DataError, InputError, KindError, LoramError, MismatchError, OptionError
-from loram.modeling import load_small
+from loram.masks import masked
+from loram.modeling import load_model, load_small
 from loram.options import AlignOptions, PruneOptions, RecoverOptions, TrainOptions, VerifyOptions
 from loram.pruning_map import read_map
 from loram.stages.align import AlignResult, align
@@ -23,6 +24,7 @@ from loram.stages.prune import prune
 from loram.stages.recover import recover
 from loram.stages.train import train
 from loram.stages.verify import verify
+from loram.training.scopes import add_lora, merged_lora
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-llama-kjv"
 TEXT = "".join(
@@ -276,6 +278,31 @@ def test_masked_zeros_stay_zero(stock: Any, tmp_path: Path, how: dict[str, Any],
     assert small_of is not None
     assert aligned is not None
     assert aligned.compression == (*small_of.compression, "refit" if how["method"] == "refit" else "aligned")
+
+
+def test_lora_is_masked_while_it_is_trained_too(work: Path, tmp_path: Path) -> None:
+    """Step by step, aligning by LoRA is what the written weights will be: W ∘ M + (s·B·A) ∘ M."""
+    draw, masks = torch.Generator().manual_seed(3), {}
+    with Checkpoint(work / "large") as checkpoint:
+        for name, entry in checkpoint.entries.items():
+            if "_proj" in name:
+                masks[name] = torch.rand(entry.shape, generator=draw) < 0.5
+    small = write_small_folder(work / "large", {}, tmp_path / "small", masks=masks)
+    pruning_map = read_map(small)
+    ids = torch.arange(10, 40).reshape(2, 15)
+    model = load_model(small, dtype="fp32")
+    factors = add_lora(model, 4, 1, pruning_map.mask_in_small)
+    with torch.no_grad():
+        for value in factors.values():
+            value.copy_(torch.randn(value.shape, generator=draw) * 0.1)
+        found = model.eval()(ids, use_cache=False).logits
+        with Checkpoint(small) as checkpoint:
+            merged = merged_lora(factors, checkpoint)
+        twin = load_model(small, dtype="fp32")
+        twin.load_state_dict({n: masked(value, masks[n]) for n, value in merged.items()}, strict=False)
+        torch.testing.assert_close(found, twin(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+        twin.load_state_dict(merged, strict=False)
+        assert (twin(ids, use_cache=False).logits - found).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("how", [{"method": "refit"}, {"method": "refit", "refit_all": True}, {"method": "block"}])
