@@ -117,7 +117,8 @@ class Pruning:
     def passes(self) -> bool:
         """Whether calibration text is sent through the model."""
         needed = self.refits or self.score_needs != "weights"
-        return self.windows is not None and needed and (self.options.by_weight or bool(self.cut_layers))
+        somewhere = self.options.by_weight or self.options.method == "depth" or bool(self.cut_layers)
+        return self.windows is not None and needed and somewhere
 
     @property
     def score_needs(self) -> str:

@@ -1,8 +1,9 @@
 """What `prune --method depth` does: whole layers go, those that change their input least (ShortGPT, 2403.03853).
 
-One pass over the large model measures every layer's block influence. A second one mends what stays, where that is in
-closed form: the down projection before a gap takes over what the layers in the gap added to the residual stream. It is
-fitted on the small model's own stream, in which all gaps before are mended, against the large model's stream.
+One pass over the large model measures every layer's block influence, and goes on where it was stopped. A second one
+mends what stays, where that is in closed form: the down projection before a gap takes over what the layers in the gap
+added to the residual stream. It is fitted on the small model's own stream, in which all gaps before are mended, against
+the large model's stream.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loram.blockwise import Block, BlockRunner, Cosine, Hidden
+from loram.artifact import read_json, write_json
+from loram.blockwise import Block, BlockRunner, Cosine, Hidden, forward_pass
 from loram.blockwise.runner import listening
 from loram.checkpoint import all_finite
 from loram.errors import MismatchError
@@ -26,6 +28,7 @@ from loram.shards import write_tensors
 from loram.stages.choosing import Pruning, cut_of
 
 logger = logging.getLogger(__name__)
+FILE = "influence.json"
 
 
 def drop_layers(work: Pruning, spill: Path, progress: Progress) -> None:
@@ -33,7 +36,7 @@ def drop_layers(work: Pruning, spill: Path, progress: Progress) -> None:
     assert work.windows is not None
     cut, count = cut_of(work.options), work.geometry.layers
     with work.runner(spill / "hidden") as runner:
-        work.influences = influences(runner, work.windows, count - cut.keep_last, progress)
+        work.influences = influences(work, runner, count - cut.keep_last, progress)
         candidates = range(cut.keep_first, count - cut.keep_last)
         work.layers = layers_left(work.influences, candidates, cut.depth(count), count)
         for layer, found in enumerate(work.influences):
@@ -42,16 +45,24 @@ def drop_layers(work: Pruning, spill: Path, progress: Progress) -> None:
             mend(work, runner, spill, progress)
 
 
-def influences(runner: BlockRunner, windows: Tensor, stop: int, progress: Progress) -> tuple[float, ...]:
-    """1 − the mean cosine between input and output of each block before `stop`, over all tokens of `windows`."""
+def influences(work: Pruning, runner: BlockRunner, stop: int, progress: Progress) -> tuple[float, ...]:
+    """1 − the mean cosine between input and output of each block before `stop`, over all tokens of the windows."""
+    assert work.windows is not None
+    assert work.steps is not None
     found = []
     progress.begin("influence", stop)
-    for block in runner.blocks(runner.embed(windows), stop=stop):
-        block.run(around=(cosine := Cosine()))
-        found.append(1 - cosine.mean)
+    for _, folder in forward_pass(runner, work.windows, work.steps, measure, stop):
+        found.append(float(read_json(folder / FILE)["influence"]))
         progress.advance()
     progress.end()
     return tuple(found)
+
+
+def measure(block: Block, folder: Path) -> None:
+    """Run a block and leave its influence."""
+    cosine = Cosine()
+    block.run(around=cosine)
+    write_json(folder / FILE, {"influence": 1 - cosine.mean})
 
 
 def mend(work: Pruning, runner: BlockRunner, spill: Path, progress: Progress) -> None:

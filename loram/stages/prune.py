@@ -26,7 +26,7 @@ from loram.memory import check_disk
 from loram.options import PruneOptions
 from loram.progress import SILENT, Progress
 from loram.pruning import WEIGHT_SCORES
-from loram.pruning_map import PruningMap
+from loram.pruning_map import PruningMap, read_map
 from loram.quantization import STORAGES
 from loram.quantization.storage import bitsandbytes_functions
 from loram.quantization.writing import stored_bytes, write_stored
@@ -80,6 +80,7 @@ def make(work: Pruning, inputs: list[str | Path], progress: Progress) -> None:
     now = identity_of(options, work.windows, base) if work.windows is not None and work.passes else {}
     if is_same_work(earlier_result(options), now):
         logger.info("%s is finished already; to prune it anew add --force", out)
+        work.layers = read_map(out).layers
         return discard(out)
     check_output(out, inputs, force=options.force)
     check_disk(out, needed_bytes(work) - folder_bytes(scratch(out)[0]))

@@ -55,10 +55,13 @@ def depth_words(count: int, left: int, kept: tuple[int, ...] | None, influences:
     if kept is None:
         return f"{count - left} of {count} layers will go: those of least block influence"
     gone = [layer for layer in range(count) if layer not in kept]
+    said = f"{len(gone)} of {count} layers went: {', '.join(map(str, gone))}"
+    if not influences:  # it was done before
+        return said
     most = max(influences[layer] for layer in gone)
-    return (
-        f"{len(gone)} of {count} layers went: {', '.join(map(str, gone))} (block influence at most {most:.3f}; "
-        f"over all layers that were measured {min(influences):.3f} to {max(influences):.3f})"
+    return said + (
+        f" (block influence at most {most:.3f}; over all layers that were measured {min(influences):.3f} to "
+        f"{max(influences):.3f})"
     )
 
 

@@ -35,6 +35,8 @@ HOW: dict[str, dict[str, Any]] = {
     "taylor-no-refit": {"score": "taylor", "keep_first": 2, "keep_last": 1, "refit": False},
     "sparsegpt": {"method": "semi", "score": "sparsegpt"},
     "masks": {"method": "unstructured", "score": "wanda"},
+    "flap": {"score": "flap", "keep_first": 1, "keep_last": 0},
+    "depth": {"method": "depth", "keep_first": 1, "keep_last": 0},
 }
 
 
@@ -132,6 +134,9 @@ def test_hidden_states_are_spilled_beside_out_when_they_outgrow_their_memory(
         ("sparsegpt", "sparsegpt", 3),
         ("sparsegpt", "cut", 1),
         ("masks", "wanda", 2),
+        ("flap", "score", 2),
+        ("depth", "influence", 2),
+        ("depth", "refit", 1),
     ],
 )
 def test_a_signal_saves_and_the_continuation_is_exact(
