@@ -8,9 +8,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -58,12 +60,19 @@ def peft_merge(base: str, adapter: str, out: str) -> Figures:
     return {}
 
 
-def make_base(size: str, name: str, folder: str) -> Figures:
-    """A random checkpoint of one of the sizes."""
+def limited(most: str, *arguments: str) -> Figures:
+    """The command line in a process that the system refuses more than `most` bytes of address space."""
+    resource.setrlimit(resource.RLIMIT_AS, (int(most), int(most)))
+    return loram(*arguments) | {"address_space": told("VmPeak")}
+
+
+def make_base(size: str, name: str, folder: str, layers: str = "") -> Figures:
+    """A random checkpoint of one of the sizes, of another number of layers where one is given."""
     from benchmarks.checkpoints import write_base
     from benchmarks.sizes import SIZES
 
-    return {"parameters": write_base(getattr(SIZES[size], name), Path(folder))}
+    shape = getattr(SIZES[size], name)
+    return {"parameters": write_base(replace(shape, layers=int(layers)) if layers else shape, Path(folder))}
 
 
 def make_adapter(size: str, base: str, folder: str) -> Figures:
@@ -169,6 +178,7 @@ JOBS: dict[str, Callable[..., Figures]] = {
     "loram-json": loram_json,
     "floor": floor,
     "peft-merge": peft_merge,
+    "limited": limited,
     "make-base": make_base,
     "make-adapter": make_adapter,
     "train": train,
@@ -183,16 +193,16 @@ JOBS: dict[str, Callable[..., Figures]] = {
 }
 
 
-def peak_bytes() -> int:
-    """VmHWM of this process; 0 where the kernel does not tell (the launcher then takes ru_maxrss)."""
+def told(field: str) -> int:
+    """What the kernel tells of this process's memory, in bytes; 0 where it does not."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
 def main(name: str, *arguments: str) -> None:
     figures = JOBS[name](*arguments)
-    peak = peak_bytes()
+    peak = told("VmHWM")  # where there is none, the launcher takes ru_maxrss
     report = figures | ({"peak": peak} if peak else {})
     Path(os.environ[REPORT]).write_text(json.dumps(report), encoding="utf-8")
 

@@ -46,6 +46,8 @@ class Size:
     stepped: Shape
     narrow: Shape
     wide: Shape
+    deep: Shape
+    huge: Shape
     rank: int
     rounds: int
     help_rounds: int
@@ -56,6 +58,8 @@ class Size:
     step_length: int
     samples: int
     sample_length: int
+    limited_samples: int
+    limited_length: int
     judged: bool
 
 
@@ -67,6 +71,8 @@ SIZES = {
         stepped=Shape(hidden=64, mlp=176, layers=4, heads=4, kv_heads=2, vocab=2000),
         narrow=Shape(hidden=64, mlp=176, layers=4, heads=4, kv_heads=2, vocab=2000),
         wide=Shape(hidden=128, mlp=352, layers=4, heads=4, kv_heads=2, vocab=2000),
+        deep=Shape(hidden=64, mlp=176, layers=8, heads=4, kv_heads=2, vocab=2000),
+        huge=Shape(hidden=128, mlp=352, layers=8, heads=4, kv_heads=2, vocab=2000),
         rank=4,
         rounds=1,
         help_rounds=2,
@@ -77,17 +83,21 @@ SIZES = {
         step_length=64,
         samples=2,
         sample_length=32,
+        limited_samples=2,
+        limited_length=32,
         judged=False,
     ),
     # 1.1 billion parameters to merge and prune (the shape of TinyLlama), 125 million to train on; for the step beside
     # the stock Trainer, four layers of SmolLM2-135M's shape under its vocabulary; 40 and 168 million whose memory is
-    # predicted.
+    # predicted; layers of 3 million to stack; and 2.2 billion (4 GiB) to prune where memory is limited.
     "full": Size(
         checkpoint=Shape(hidden=2048, mlp=5632, layers=22, heads=32, kv_heads=4, vocab=32000),
         trained=Shape(hidden=768, mlp=2048, layers=12, heads=12, kv_heads=4, vocab=32000),
         stepped=Shape(hidden=576, mlp=1536, layers=4, heads=9, kv_heads=3, vocab=49152),
         narrow=Shape(hidden=512, mlp=1408, layers=8, heads=8, kv_heads=4, vocab=16000),
         wide=Shape(hidden=1024, mlp=2816, layers=12, heads=16, kv_heads=4, vocab=16000),
+        deep=Shape(hidden=512, mlp=1408, layers=8, heads=8, kv_heads=4, vocab=4000),
+        huge=Shape(hidden=2048, mlp=5632, layers=46, heads=32, kv_heads=4, vocab=32000),
         rank=16,
         rounds=3,
         help_rounds=15,
@@ -98,6 +108,8 @@ SIZES = {
         step_length=512,
         samples=8,
         sample_length=512,
+        limited_samples=8,
+        limited_length=64,
         judged=True,
     ),
 }

@@ -15,6 +15,7 @@ from benchmarks.measure import Command, Sample, after_start, beyond, job, ratio,
 from benchmarks.memory import STEPS, error_of, measured
 from benchmarks.outcome import Bench, Goal, Outcome
 from benchmarks.sparse import loop, sparsify
+from benchmarks.streaming import depth, limited
 from benchmarks.training import step_flops
 
 MIB = 2**20
@@ -223,6 +224,8 @@ SUITE: dict[str, Callable[[Bench], Outcome]] = {
     "quantize": quantize,
     "loop": loop,
     "sparsify": sparsify,
+    "depth": depth,
+    "limited": limited,
     "help": show_help,
     "memory": memory,
 }

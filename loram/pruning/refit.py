@@ -11,6 +11,8 @@ from torch import Tensor
 
 from loram.pruning.damping import DAMPING, damped_factor
 
+STRIP = 1024
+
 
 def refit_matrix(second_moment: Tensor, kept: Tensor, damping: float = DAMPING, what: str = "a weight") -> Tensor:
     """The (in, kept) matrix that W is multiplied with, fp64; features that were never active stay as they are.
@@ -18,17 +20,21 @@ def refit_matrix(second_moment: Tensor, kept: Tensor, damping: float = DAMPING, 
     `second_moment` is (in, in), `kept` the sorted indices of the features that stay. Where the second moment is not
     positive definite, `damped_factor` damps it more, or raises MismatchError naming `what`.
     """
-    some = second_moment[kept].double()
-    inner = some[:, kept]
+    inner = second_moment[kept][:, kept].double()
     if bool((inner.diagonal() == 0).all()):
-        return selection(second_moment.shape[0], kept)
+        return selection(second_moment, kept)
     factor = damped_factor(inner, what, damping)
-    return torch.cholesky_solve(some, factor).T
+    matrix = factor.new_empty(second_moment.shape[0], kept.numel())
+    for start in range(0, len(matrix), STRIP):
+        # By strips: solvers copy the right-hand side, which is twice the moment's size in fp64.
+        strip = second_moment[start : start + STRIP, kept].double()
+        matrix[start : start + STRIP] = torch.cholesky_solve(strip.T, factor).T
+    return matrix
 
 
-def selection(size: int, kept: Tensor) -> Tensor:
-    """The (size, kept) matrix that only gathers."""
-    matrix = torch.zeros(size, kept.numel(), dtype=torch.float64)
+def selection(second_moment: Tensor, kept: Tensor) -> Tensor:
+    """The (in, kept) matrix that only gathers."""
+    matrix = torch.zeros(len(second_moment), kept.numel(), dtype=torch.float64, device=second_moment.device)
     matrix[kept, torch.arange(kept.numel())] = 1
     return matrix
 
