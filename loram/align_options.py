@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from loram.option_fields import argument, flag, option, require
+from loram.prune_options import StreamOptions
 from loram.train_options import ResumeOptions
 
 METHODS = ("distill", "lm", "refit", "block")
@@ -80,7 +81,7 @@ class TeacherOptions(AlignLoopOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignInputs(TeacherOptions):
+class AlignInputs(TeacherOptions, StreamOptions):
     """What is aligned, and on which text."""
 
     model: str = argument("The small model.")

@@ -18,6 +18,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -150,12 +151,27 @@ def empty_model(path: str | Path, dtype: torch.dtype | None = None) -> Any:
     """
     classes = classes_in(path)
     config = (classes[0] if classes else AutoConfig).from_pretrained(str(path), trust_remote_code=False)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), WithoutMemory():
         maker: Any = classes[1]._from_config if classes else AutoModelForCausalLM.from_config
         model = maker(config, dtype=dtype)
     model.train(False)
     model.requires_grad_(False)
     return model
+
+
+class WithoutMemory(TorchFunctionMode):
+    """Weights that a module makes by `torch.empty`, as Linears and embeddings do, are on `meta` from the start.
+
+    `init_empty_weights` moves each one there after it was made, and what they leave behind in the heap adds up to
+    several times the largest one: too much where the address space is limited.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """torch.empty without a device gives no memory; everything else is as it was."""
+        named = dict(kwargs or {})
+        if func is torch.empty and named.get("device") is None:
+            named["device"] = "meta"
+        return func(*args, **named)
 
 
 def classes_in(path: str | Path) -> tuple[type[Any], type[PreTrainedModel]] | None:

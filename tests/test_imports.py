@@ -77,7 +77,7 @@ SIBLINGS = {
         "recover_options",
         "train_options",
     },
-    "align_options": {"option_fields", "train_options"},
+    "align_options": {"option_fields", "prune_options", "train_options"},
     "option_fields": {"errors"},
     "data_options": {"option_fields"},
     "prune_options": {"errors", "families", "memory", "option_fields"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from small_models import write_small_folder
 from stock_models import GROUPED, LAYERS, MLP, VARIANTS, cut_by_hand, make, random_kept, raw_config, tokens, zero_pruned
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from loram.errors import CheckpointError, DataError, FamilyError
-from loram.modeling import classes_in, load_small, load_tokenizer, small_classes
+from loram.modeling import classes_in, empty_model, load_small, load_tokenizer, small_classes
 
 UNIFORM = {layer: ([1], [2, *range(10, 33)]) for layer in range(LAYERS)}
 PLAIN = """
@@ -129,7 +130,7 @@ def test_register_makes_the_auto_classes_load_them(stock: Callable[[str], Path],
     folders = [write_small_folder(stock(name), random_kept(name, 16), tmp_path / name) for name in GROUPED]
     code = """
 import sys, loram, torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 loram.register()
 loram.register()
 for folder in sys.argv[1:]:
@@ -186,3 +187,20 @@ def test_a_model_without_tokenizer_is_said(stock: Callable[[str], Path], tmp_pat
     for folder in (stock("llama-gqa"), small):
         with pytest.raises(DataError, match=r"has no usable tokenizer .*copy tokenizer.json"):
             load_tokenizer(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_model_without_weights_takes_no_address_space(tmp_path: Path) -> None:
+    """Weights that are made and then thrown away leave holes in the heap that the next ones do not fit into."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 40, "vocab_size": 32000}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 64}
+    LlamaConfig(**sizes, **heads).save_pretrained(tmp_path)
+
+    def mapped() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+    before = mapped()
+    model = empty_model(tmp_path)
+    assert mapped() - before < 32 * 2**20
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}

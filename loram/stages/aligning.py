@@ -76,6 +76,7 @@ class Work:
             checkpoint,
             dtype=self.dtype,
             rows=self.options.batch,
+            hidden_memory=self.options.hidden_bytes,
             spill=self.path / FOLDER / f"spill-{checkpoint.folder.name}",
         )
 
