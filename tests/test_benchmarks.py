@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the checkout's benchmarks are no part of the package
 
-from benchmarks import compare, loops, measure, render, sparse, step, suite, training, windows  # noqa: E402
+from benchmarks import compare, loops, measure, render, sparse, step, streaming, suite, training, windows  # noqa: E402
 from benchmarks.sizes import SIZES, Shape  # noqa: E402
 from benchmarks.suite import SUITE, Goal, Outcome  # noqa: E402
 
@@ -205,9 +205,29 @@ def test_operations_of_a_step_by_hand() -> None:
     assert training.step_flops(cut, length=16, rank=3) == expected
 
 
+def test_a_limited_process_is_refused_more_address_space(tmp_path: Path) -> None:
+    model = ROOT / "tests" / "fixtures" / "tiny-llama-kjv"
+    keep = ("--keep-first", 1, "--keep-last", 1, "--quiet")
+    most = 512 * 2**20
+
+    def prune(*how: str) -> measure.Sample:
+        return measure.run(
+            measure.job("limited", most, "prune", model, *how, *keep, "-o", tmp_path / "-".join(how)), tmp_path
+        )
+
+    assert 16 * 2**20 < prune("--method", "random").figures["address_space"] <= most
+    with pytest.raises(RuntimeError):  # torch alone takes more
+        prune("--score", "magnitude")
+
+
+def test_time_of_a_layer_is_that_of_those_that_were_added() -> None:
+    assert streaming.per_layer([SAMPLE(10, 0, 0)], [SAMPLE(26, 0, 0)], 8) == 2
+
+
 def test_every_size_has_a_model_that_can_be_cut() -> None:
+    assert SIZES["full"].huge.layers == 46
     for size in SIZES.values():
-        for shape in (size.checkpoint, size.trained, size.stepped):
+        for shape in (size.checkpoint, size.trained, size.stepped, size.deep, size.huge):
             assert shape.hidden % shape.heads == 0
             assert shape.heads % shape.kv_heads == 0
             assert shape.kv_heads >= 2
