@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
         "train_options",
         "errors",
     }
-    | {"progress", "results", "version", "memory"},
+    | {"progress", "results", "version", "memory", "measured"},
     {
         "pruning_map",
         "axes",

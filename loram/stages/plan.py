@@ -15,6 +15,7 @@ from loram.families import Geometry, family_of, is_small_config
 from loram.families.small import with_biases, without_layers
 from loram.families.widths import Cut, describe_uncut, parse_ratio
 from loram.hub.download import resolve_model
+from loram.measured import because
 from loram.memory import format_bytes, parse_bytes
 from loram.memory_model import (
     HARDWARE,
@@ -46,6 +47,11 @@ class Choice:
     ratio: str | None
     quantize: str
     train_bytes: int
+
+    @property
+    def reason(self) -> str:
+        """Why it is the one to take, by what was measured."""
+        return because(self.ratio, self.quantize)
 
     def flags(self) -> str:
         """What to type for it."""
@@ -112,7 +118,7 @@ class PlanResult(StageResult):
             },
             "disk_bytes": self.disk,
             "fits": self.fits,
-            "suggestion": None if self.choice is None else vars(self.choice),
+            "suggestion": None if self.choice is None else vars(self.choice) | {"reason": self.choice.reason},
             "changes": [vars(change) for change in self.changes],
             "notes": list(self.notes),
         }
@@ -134,6 +140,8 @@ class PlanResult(StageResult):
             lines += [self._line(choice) for choice in self.tried]
             if self.choice is None:
                 lines.append("no cut fits: lower --max-length or --batch, or give more memory")
+            else:
+                lines.append(f"why          {self.choice.reason} (docs/transfer.md)")
         return "\n".join([*lines, *self.notes])
 
     def stage_line(self, name: str) -> str:
@@ -217,7 +225,8 @@ def next_command(options: PlanOptions, memory: int | None, choice: Choice | None
         return ""
     if choice.ratio is not None:
         method = "" if options.method == "structured" else f"--method {options.method} "
-        return f"loram prune {model} {method}{choice.flags()} -o SMALL"
+        text = "" if options.method == "random" else " --calibration FILE --calibration builtin"
+        return f"loram prune {model} {method}{choice.flags()}{text} -o SMALL"
     if choice.quantize != "none":
         return f"loram quantize {model} --type {choice.quantize} -o SMALL"
     return f"loram train {model} --data FILE -o ADAPTER"

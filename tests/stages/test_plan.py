@@ -11,6 +11,7 @@ import pytest
 from stock_models import VARIANTS, make, raw_config
 
 from loram.errors import FamilyError, HubError, InputError, OptionError
+from loram.measured import because
 from loram.options import PlanOptions, PruneOptions
 from loram.stages.plan import PlanResult, plan
 from loram.stages.prune import prune
@@ -81,11 +82,14 @@ def test_memory_names_the_mildest_that_fits(config: Path) -> None:
         milder = planned(config, ratio=f"{ratio - 0.05:.2f}", quantize="nf4") if ratio > 0.05 else None
         assert milder is None or milder.peaks["train"].total > memory * GIB
         assert "← suggested" in str(result)
+        assert f"why          {because(result.choice.ratio, 'nf4')} (docs/transfer.md)" in str(result)
+        assert result.to_json()["suggestion"]["reason"] == result.choice.reason
     assert previous > 0.3
     nothing = planned(config, memory="1GiB")
     assert nothing.choice is None
     assert nothing.fits is False
     assert "no cut fits" in str(nothing)
+    assert "why " not in str(nothing)
 
 
 def test_peaks_move_with_what_they_are_made_of(config: Path) -> None:
@@ -144,13 +148,16 @@ def test_single_weights_are_counted_and_take_the_memory_of_all(config: Path) -> 
 
 
 def test_what_to_type_next(config: Path) -> None:
-    assert planned(config).next_command == f"loram prune {config.parent} --ratio 0.5 -o SMALL"
-    assert planned(config, quantize="nf4").next_command.endswith("--ratio 0.5 --quantize nf4 -o SMALL")
+    text = "--calibration FILE --calibration builtin"
+    assert planned(config).next_command == f"loram prune {config.parent} --ratio 0.5 {text} -o SMALL"
+    assert planned(config, quantize="nf4").next_command.endswith(f"--ratio 0.5 --quantize nf4 {text} -o SMALL")
+    random_cut = planned(config, method="random").next_command
+    assert random_cut == f"loram prune {config.parent} --method random --ratio 0.5 -o SMALL"
     assert planned(config, memory="12GiB").next_command == f"loram quantize {config.parent} --type nf4 -o SMALL"
     assert planned(config, memory="200GiB").next_command == f"loram train {config.parent} --data FILE -o ADAPTER"
     assert planned(config, memory="1GiB").next_command == ""
     lone = config.rename(config.with_name("Llama.json"))
-    assert planned(lone).next_command == "loram prune MODEL --ratio 0.5 -o SMALL"
+    assert planned(lone).next_command == f"loram prune MODEL --ratio 0.5 {text} -o SMALL"
 
 
 @pytest.mark.parametrize("memory", ["", "abc", "24XB", "-3GiB"])
