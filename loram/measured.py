@@ -20,7 +20,7 @@ def because(ratio: str | None, quantize: str) -> str:
     """Why a combination is the one to take, in a sentence; `ratio` None: nothing is cut."""
     if ratio is None and quantize == "none":
         return "nothing is cut or rounded, so nothing of the gain is lost"
-    bits = f"4 bit without a cut kept {KEPT['nf4']:.0%} of the gain, a cut in 16 bit {KEPT['refit']:.0%} ({SETTING})"
+    bits = f"4 bit without a cut kept {KEPT['nf4']:.0%} of what LoRA on the large model gains, a cut in 16 bit {KEPT['refit']:.0%} ({SETTING})"
     if ratio is None:
         return f"bits before cuts: {bits}"
     return (

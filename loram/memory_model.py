@@ -102,6 +102,25 @@ def training_memory(model: Model, work: Workload, hardware: Hardware = CUDA) -> 
     return max(step, loading, key=lambda plan: plan.total)
 
 
+def alignment_memory(large: Model, small: Model, work: Workload, hardware: Hardware = CUDA) -> MemoryPlan:
+    """Peak of `align` as it is by default: distillation of all weights but the head, the large model beside them.
+
+    What is trained is fp32, with autocast's copy, its gradient and AdamW's two moments: an estimate, not compared with
+    measurements. `--scope lora`, `--teacher-cache`, `--method refit` and `block` need less.
+    """
+    geometry = family_of(small.config).geometry(small.config)
+    trained = count(small.config, small.widths).total - geometry.vocab * geometry.hidden
+    moving = step_parts(small, replace(work, rank=0), hardware)
+    parts = {
+        "runtime": hardware.training,
+        "weights": trained * (4 + (work.value_bytes if work.mixed else 0)) + geometry.vocab * geometry.hidden * 4,
+        "large model": count(large.config).total * work.value_bytes,
+        "gradients": trained * 4,
+        "optimizer": trained * 8,
+    }
+    return MemoryPlan(parts | moving | {"allocator": int(hardware.allocator * sum(moving.values()))})
+
+
 def resident(model: Model, work: Workload, hardware: Hardware) -> dict[str, int]:
     """What is there from loading on: the process itself and the frozen weights."""
     counts = count(model.config, model.widths)

@@ -14,8 +14,9 @@ from stock_models import GROUPED, leaves, make, raw_config
 
 from loram.activations import PRODUCT_BYTES, PRODUCT_TILE, Workload
 from loram.families.widths import Widths
-from loram.memory_model import CPU, CUDA, Hardware, MemoryPlan, Model, training_memory
+from loram.memory_model import CPU, CUDA, Hardware, MemoryPlan, Model, alignment_memory, training_memory
 from loram.sizes import NF4_BITS
+from loram.training.scopes import trained_names
 
 WORK = Workload(batch=4, length=32, rank=4, dtype="fp32")
 BOTH = pytest.mark.parametrize("hardware", [CPU, CUDA], ids=lambda hardware: hardware.name)
@@ -57,6 +58,18 @@ def test_a_masked_update_takes_a_bit_a_weight_and_a_tile(stock: Callable[[str], 
     few = LLAMA_8B | {"vocab_size": 512}  # so that no logits are larger than what goes backward
     more = plan(few, masked_update=True).parts["backward pass"] - plan(few).parts["backward pass"]
     assert more == PRODUCT_TILE * PRODUCT_BYTES
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_alignment_holds_what_its_scope_trains(name: str, stock: Callable[[str], Path]) -> None:
+    """The weights that `align --scope all` would train, counted on real models; fp32, so that nothing is cast."""
+    config = raw_config(stock(name))
+    model: Any = make(name)
+    trained = sum(dict(model.named_parameters())[each].numel() for each in trained_names(model, "all"))
+    whole = sum(value.numel() for value in model.parameters())
+    parts = alignment_memory(Model(config), Model(config), WORK, CUDA).parts
+    assert (parts["gradients"], parts["optimizer"]) == (trained * 4, trained * 8)
+    assert parts["weights"] == parts["large model"] == whole * 4
 
 
 @BOTH

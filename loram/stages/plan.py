@@ -21,6 +21,7 @@ from loram.memory_model import (
     HARDWARE,
     MemoryPlan,
     Model,
+    alignment_memory,
     calibrated_memory,
     recovery_memory,
     streaming_memory,
@@ -180,7 +181,7 @@ def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
     tried, choice = choices(options, config, memory) if memory is not None else ((), None)
     peaks = {
         "prune": prune_memory(options, config),
-        "align": training_memory(replace(small_model, quantize="none"), replace(work, rank=0), hardware),
+        "align": alignment_memory(Model(config), replace(small_model, quantize="none"), work, hardware),
         "train": training_memory(small_model, work, hardware),
         "recover": recovery_memory(config, options.rank, options.targets),
         "merge": streaming_memory(),
