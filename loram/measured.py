@@ -1,7 +1,7 @@
 """What was measured of transfer (docs/transfer.md): the figures that `plan` and the ladder's advice speak from.
 
 Kept gain of SmolLM2-135M on GSM8K: of the held-out loss that LoRA takes off when it is trained on the large model
-itself, the share that is left when it was trained on the small one. A test holds the figures to the benchmark's records.
+itself, the share that is left when it was trained on the small one. A test holds them to the benchmark's records.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ def because(ratio: str | None, quantize: str) -> str:
     """Why a combination is the one to take, in a sentence; `ratio` None: nothing is cut."""
     if ratio is None and quantize == "none":
         return "nothing is cut or rounded, so nothing of the gain is lost"
-    bits = f"4 bit without a cut kept {KEPT['nf4']:.0%} of what LoRA on the large model gains, a cut in 16 bit {KEPT['refit']:.0%} ({SETTING})"
+    bits = (
+        f"4 bit without a cut kept {KEPT['nf4']:.0%} of what LoRA on the large model gains, a cut in 16 bit "
+        f"{KEPT['refit']:.0%} ({SETTING})"
+    )
     if ratio is None:
         return f"bits before cuts: {bits}"
     return (
