@@ -100,19 +100,24 @@ class Records:
         return kept_gain(base, ceiling, found)
 
     def outcome(self, method: str, ratio: str = "", keep: tuple[int, int] | None = None) -> Outcome | None:
-        """A method over the seeds that were run."""
-        cells = [self.cell(method, ratio=ratio, keep=keep, seed=seed) for seed in SEEDS]
-        done = [cell for cell in cells if self.kept(cell) is not None]
-        kept = [found for cell in done if (found := self.kept(cell)) is not None]
-        if not kept:
+        """A method at the best of the rates that its first seed was run at, over the seeds that were run there."""
+        first = [self.cell(method, ratio=ratio, keep=keep, lr=rate) for rate in RATES]
+        tried = {cell.lr: loss for cell in first if (loss := self.loss(cell)) is not None}
+        if not tried or not self.ceilings:
             return None
-        body = self.find(done[0])
+        lr = min(tried, key=tried.__getitem__)
+        cells = [self.cell(method, ratio=ratio, keep=keep, seed=seed, lr=lr) for seed in SEEDS]
+        done = [(cell, kept) for cell in cells if (kept := self.kept(cell)) is not None]
+        if not done:
+            return None
+        body = self.find(done[0][0])
         assert body is not None
         return Outcome(
-            seeds=tuple(cell.seed for cell in done),
-            losses=tuple(float(loss) for cell in done if (loss := self.loss(cell)) is not None),
-            kept=tuple(share for share, _ in kept),
-            stderr=fmean(error for _, error in kept),
+            seeds=tuple(cell.seed for cell, _ in done),
+            losses=tuple(loss for cell, _ in done if (loss := self.loss(cell)) is not None),
+            kept=tuple(share for _, (share, _) in done),
+            stderr=fmean(error for _, (_, error) in done),
+            rates=(lr, *(rate for rate in tried if rate != lr)),
             reduction=body["reduction"].get("reduction", 1.0),
             bytes_reduction=bytes_reduction(body),
             seconds=seconds_before_training(body),
@@ -121,12 +126,15 @@ class Records:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method came to: one figure per seed; reductions embeddings included; CPU seconds before training."""
+    """What a method came to: one figure per seed; the rate, then the others that were tried; reductions embeddings
+    included; CPU seconds before training.
+    """
 
     seeds: tuple[int, ...]
     losses: tuple[float, ...]
     kept: tuple[float, ...]
     stderr: float
+    rates: tuple[float, ...]
     reduction: float
     bytes_reduction: float
     seconds: float

@@ -31,7 +31,7 @@ def rows(model: str) -> list[Row]:
         found += [(name, "0.5", keep) for name in ("random", "structured", "refit-general", "refit", "depth")]
         found += [(name, "0.5", keep) for name in LEVERS if keep == FIRST]
         found += [("distill", "0.5", keep)] if keep != FIRST else []
-    found += [("refit-calibrated", "0.5", FIRST)]
+    found += [("refit-calibrated", "0.5", keep) for keep in MODELS[model].keep]
     found += [("semi", "0.5", None), ("unstructured", "0.5", None)]
     return (
         found + [("refit-nf4", ratio, FIRST) for ratio in RATIOS[:3]] + [("refit", ratio, FIRST) for ratio in ("0.3",)]
@@ -53,13 +53,13 @@ def table(records: Records) -> Iterator[str]:
     """The table of all methods."""
     yield (
         "| how the small model is made | layers whole, first/last | held-out loss of large + recovered | kept gain | "
-        "± over rows | seeds | parameters ÷ | bytes ÷ | CPU minutes to make it |"
+        "± over rows | seeds | lr | parameters ÷ | bytes ÷ | CPU minutes to make it |"
     )
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    yield "|---|---:|---:|---:|---:|---:|---|---:|---:|---:|"
     for row in rows(records.model):
         method, ratio, keep = row
         found = records.outcome(method, ratio, keep)
-        cells = [label(row), whole(keep), *([NOT_RUN, *[""] * 6] if found is None else figures(found))]
+        cells = [label(row), whole(keep), *([NOT_RUN, *[""] * 7] if found is None else figures(found))]
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -70,6 +70,7 @@ def figures(found: Outcome) -> list[str]:
         f"**{spelled(found.kept)}**" if len(found.kept) == 1 else spelled(found.kept),
         f"{found.stderr:.0%}",
         str(len(found.seeds)),
+        f"{found.rates[0]:g}" + "".join(f" ({rate:g})" for rate in found.rates[1:]),
         f"{found.reduction:.2f}",
         f"{found.bytes_reduction:.2f}",
         f"{found.seconds / 60:.1f}",
@@ -212,8 +213,9 @@ READING = """*Layers whole* are those that nothing is cut from. *±* is one stan
 all figures share; with several seeds the mean is in front. *Parameters ÷* and *bytes ÷* are what was achieved,
 embeddings included: a ratio of 0.5 is far from half of a model this small. Zeros of single-weight masks are stored, so
 they save no bytes."""
-RATES_TEXT = """Both sides were tried at the same rates. The ceiling is the best of its row; all other cells use 2e-3.
-Held-out losses:"""
+RATES_TEXT = """Both sides were tried at the same rates. The ceiling is the best of its row. In the table above every
+small model is at the best of the rates it was tried at; the others are in brackets. The ablations are all at the first
+rate. Held-out losses:"""
 ABLATION = """The shape of the paper's figure 6 (2502.13533). *Small + adapter* is what naive pruning gives: the pruned
 model with its own adapter, which saves memory in use as well. *Large + recovered* is LoRAM. *Aligned* is
 `loram align --method distill` on half task text before training. Held-out losses:"""

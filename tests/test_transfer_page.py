@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import transfer
 from benchmarks.cells import RESULTS
-from benchmarks.grid import Cell, grid
+from benchmarks.grid import RATES, Cell, grid
 from benchmarks.kept_gain import Records, Rows, is_current, kept_gain
 from benchmarks.pictures import Bar, Line, bars, lines, spread
 
@@ -79,10 +79,11 @@ def folder(tmp_path: Path) -> Path:
     """Records in which half of the gain is kept by a cut and three quarters by bits."""
     model, task = transfer.MODEL, transfer.TASK
     write(tmp_path, Cell(model, task, "base"), 2.0)
-    write(tmp_path, Cell(model, task, "ceiling", lr=1e-3), 1.2)
-    write(tmp_path, Cell(model, task, "ceiling", lr=2e-3), 1.0)
+    write(tmp_path, Cell(model, task, "ceiling", lr=RATES[1]), 1.2)
+    write(tmp_path, Cell(model, task, "ceiling", lr=RATES[0]), 1.0)
     write(tmp_path, Cell(model, task, "refit", "0.5", (4, 2)), 1.5)
     write(tmp_path, Cell(model, task, "refit", "0.5", (4, 2), measured="small"), 1.75)
+    write(tmp_path, Cell(model, task, "refit", "0.5", (4, 2), lr=RATES[1]), 1.9)
     write(tmp_path, Cell(model, task, "refit-nf4", "0.5", (4, 2)), 1.25)
     return tmp_path
 
@@ -95,13 +96,13 @@ def table_row(page: str, start: str) -> list[str]:
 def test_the_page_says_what_was_run_and_what_was_not(folder: Path) -> None:
     page = transfer.page(folder)
     refit = table_row(page, "| refit on half task text | 4/2")
-    assert refit[3:6] == ["**50%**", "0%", "1"]
-    assert refit[6:] == ["1.40", "1.40", "1.0"]
+    assert refit[3:7] == ["**50%**", "0%", "1", f"{RATES[0]:g} ({RATES[1]:g})"]  # the better of the two
+    assert refit[7:] == ["1.40", "1.40", "1.0"]
     quantized = table_row(page, "| refit on half task text, NF4 | 4/2")
     assert quantized[3] == "**75%**"
-    assert quantized[6:] == ["1.40", "4.20", "2.0"]  # a third of the bytes of what the cut left
+    assert quantized[7:] == ["1.40", "4.20", "2.0"]  # a third of the bytes of what the cut left
     assert table_row(page, "| random cut | 4/2")[2] == "not run"
-    assert table_row(page, "| the large model (ceiling)")[3] == "not run"
+    assert table_row(page, "| the large model (ceiling)")[3] == "not run"  # the third rate
     naive = table_row(page, "| 0.5 | 1.40")
     assert float(naive[2]) > float(naive[3])
     assert naive[4] == "50% ± 0%"
@@ -114,7 +115,9 @@ def test_a_record_of_other_options_does_not_count(folder: Path) -> None:
     body["stages"][1]["options"]["steps"] += 1
     assert not is_current(body, cell)
     (folder / f"{cell.id}.json").write_text(json.dumps(body), encoding="utf-8")
-    assert Records(cell.model, cell.task, folder).outcome("refit", "0.5", (4, 2)) is None
+    found = Records(cell.model, cell.task, folder).outcome("refit", "0.5", (4, 2))
+    assert found is not None
+    assert found.rates == (RATES[1],)  # the other rate's record is what is left
 
 
 def test_committed_records_are_of_this_grid() -> None:
