@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conditions import LIBRARIES, commit, machine
-from benchmarks.grid import LARGE, TASKS, TRAIN, Cell, Options
+from benchmarks.grid import LARGE, SPARE, TASKS, TRAIN, Cell, Options
 from benchmarks.measure import ROOT, say
 
 RESULTS = ROOT / "benchmarks" / "quality"
-PLACES = (LARGE, TRAIN, "@test", "@before", "@small")
+PLACES = (LARGE, TRAIN, SPARE, "@test", "@before", "@small")
 NO_FOLDER = ("eval",)
 TOLD = ("params", "bytes", "loss", "steps", "tokens", "scales")
 
@@ -61,6 +61,7 @@ def run_cell(cell: Cell, bench: Bench) -> dict[str, Any]:
     """All stages of a cell, and its record."""
     task = TASKS[cell.task]
     places = {LARGE: bench.model(cell.model), TRAIN: bench.file(task.train), "@test": bench.file(task.test)}
+    places |= {SPARE: bench.file(task.spare)} if task.spare else {}
     chain: list[Any] = [cell.model, task.train]
     stages: list[dict[str, Any]] = []
     for name, options in cell.stages():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-LARGE, TRAIN = "@large", "@train"
+LARGE, TRAIN, SPARE = "@large", "@train", "@spare"
 HALF = (TRAIN, "builtin")
 GENERAL = ("builtin",)
 RATES = (2e-3, 4e-3, 8e-3)
@@ -31,12 +31,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Task:
-    """Training and held-out rows, and the effort that all cells of the task share."""
+    """Training and held-out rows, rows that are neither, and the effort that all cells of the task share."""
 
     name: str
     about: str
     train: str
     test: str
+    spare: str | None = None
     columns: str | None = None
     steps: int = 32
     batch: int = 4
@@ -64,7 +65,13 @@ GSM8K = "GSM8K completions, the short problems that come with loram"
 TASKS = {
     task.name: task
     for task in (
-        Task("gsm8k", GSM8K, "recipes/data/train.jsonl", "recipes/data/test.jsonl"),
+        Task(
+            "gsm8k",
+            GSM8K,
+            "recipes/data/train.jsonl",
+            "recipes/data/test.jsonl",
+            "benchmarks/data/gsm8k-spare.jsonl",
+        ),
         Task(
             "arc-easy",
             "ARC-Easy in the LLM-Adapters form",
@@ -95,6 +102,7 @@ NORMS: Options = {"scope": "norms", "lr": 1e-3}
 TASK_TEXT: Options = {"data": (TRAIN,)}
 SEQUENTIAL: Options = {"method": "refit", **WINDOWS, "samples": 64, "refit_all": True}
 BLOCK: Options = {"method": "block", **WINDOWS, "samples": 64, "steps": 48, "batch": 4}
+SCALES: Options = {"calibrate": (SPARE,), "max_length": 112, "evaluations": 30}
 SPARSE: Options = {"score": "sparsegpt", "calibration": HALF}
 WANDA: Options = {"calibration": HALF}
 METHODS = {
@@ -124,7 +132,7 @@ METHODS = {
         Method("nf4", "NF4, nothing cut", None, quantize={}),
         Method("int8", "int8, nothing cut", None, quantize={"type": "int8"}),
         Method("refit-nf4", "refit on half task text, NF4", WANDA, quantize={}),
-        Method("refit-calibrated", "refit, recover --calibrate", WANDA, recover={"calibrate": TRAIN}),
+        Method("refit-calibrated", "refit, recover --calibrate", WANDA, recover=SCALES),
     )
 }
 MASKS = ("semi", "unstructured", "semi-distill", "unstructured-distill")

@@ -156,6 +156,25 @@ def sweep_picture(records: Records) -> str:
     return lines([line for line in found if line.points], "Loss by pruning ratio", ("ratio", "held-out loss"))
 
 
+SHORT: tuple[tuple[str, Row], ...] = (
+    ("4 bit, nothing cut (`quantize`)", ("nf4", "", None)),
+    ("4 bit, and 0.3 cut", ("refit-nf4", "0.3", FIRST)),
+    ("16 bit, 0.5 cut, as `run` does it: refit on half task text", ("refit", "0.5", FIRST)),
+    ("the same, refit on general text", ("refit-general", "0.5", FIRST)),
+    ("16 bit, 0.5 cut at random", ("random", "0.5", FIRST)),
+)
+
+
+def short_table(records: Records) -> str:
+    """What README shows."""
+    lines_ = ["| small model | kept gain | bytes ÷ |", "|---|---:|---:|"]
+    for words, row in SHORT:
+        found = records.outcome(*row)
+        kept = NOT_RUN if found is None else spelled(found.kept)
+        lines_.append(f"| {words} | {kept} | {'' if found is None else f'{found.bytes_reduction:.2f}'} |")
+    return "\n".join(lines_) + "\n"
+
+
 def section(title: str, *parts: str) -> str:
     """A heading and its paragraphs."""
     return "\n\n".join([f"## {title}", *parts]) + "\n"

@@ -4,6 +4,7 @@
     docs/transfer.md, its pictures  from benchmarks/quality/*.json (python -m benchmarks.quality)
     docs/quality.md                 from docs/ladders/*.json      (scripts/record_ladder.py)
     the table in README, plan.md    from docs/configs/*.json, by the planner itself
+    the other table in README       from benchmarks/quality/*.json
 
 `--check` writes nothing and fails where a page is not what its figures render to.
 """
@@ -32,6 +33,8 @@ CUTS: tuple[tuple[str, dict[str, str]], ...] = (
     ("0.85 + 4 bit", {"ratio": "0.85", "quantize": "nf4"}),
 )
 MARKS = re.compile(r"(<!-- fits: .*?-->\n).*?(<!-- /fits -->)", re.DOTALL)
+
+KEPT = re.compile(r"(<!-- kept: .*?-->\n).*?(<!-- /kept -->)", re.DOTALL)
 
 QUALITY = """<!-- Written by scripts/render_docs.py from docs/ladders/*.json; do not edit. -->
 # Quality
@@ -136,6 +139,12 @@ def with_fits(page: Path) -> str:
     return MARKS.sub(lambda found: found[1] + fits_table() + found[2], page.read_text(encoding="utf-8"))
 
 
+def readme() -> str:
+    """README with both of its tables."""
+    table = transfer.short_table(transfer.Records(transfer.MODEL, transfer.TASK))
+    return KEPT.sub(lambda found: found[1] + table + found[2], with_fits(ROOT / "README.md"))
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "docs/benchmarks.md": lambda: benchmark_page.page(benchmark_page.load()),
     "docs/transfer.md": transfer.page,
@@ -143,7 +152,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/ratio.svg": lambda: transfer.sweep_picture(transfer.Records(transfer.MODEL, transfer.TASK)),
     "docs/quality.md": quality_page,
     "docs/plan.md": lambda: with_fits(ROOT / "docs" / "plan.md"),
-    "README.md": lambda: with_fits(ROOT / "README.md"),
+    "README.md": readme,
 }
 
 

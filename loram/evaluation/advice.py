@@ -1,7 +1,7 @@
 """What to change where an adapter helps the large model less than it could: by how its small model was made.
 
-The order is that of what was measured (docs/transfer.md): the text that the cut was repaired on first, then bits
-instead of cuts, then distillation, then more steps.
+The order is that of what was measured (loram/measured.py, docs/transfer.md): the text that the cut was repaired on
+first, which costs nothing, then bits instead of cuts, then steps and their rate, and distillation last.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Making:
 
 def advise(made: Making) -> tuple[str, ...]:
     """Sentences for a person, the strongest lever first; each names what to type."""
-    found = [repair(made), bits(made)]
+    more = "train more steps" if made.steps is None else f"train more than {made.steps} steps"
+    found = [repair(made), bits(made), f"{more}, or at a higher rate (`loram train --lr`)"]
     if not {"aligned", "nf4", "int8"} & {*made.compression}:
         found.append("distill from the large model before training (`loram align`)")
     elif "aligned" not in made.compression and cut(made):
         found.append("distill from the large model before quantizing (`loram align`)")
-    found.append("train more steps" if made.steps is None else f"train more than {made.steps} steps")
     return tuple(sentence for sentence in found if sentence)
 
 

@@ -14,7 +14,11 @@ SMALL_ADAPTER = "small + adapter"
 RECOVERED = "large + recovered"
 CEILING = "ceiling"
 ORDER = (BASE, SMALL, SMALL_ADAPTER, RECOVERED, CEILING)
-ADVICE = ("put more of the task's text into --calibration", "cut less and take 4 bits for it", "train more steps")
+ADVICE = (
+    "put more of the task's text into --calibration",
+    "cut less and take 4 bits for it",
+    "train more steps, or at a higher rate",
+)
 ENOUGH = 0.75
 """The share of what is possible below which a helpful adapter is still worth advice."""
 

@@ -46,5 +46,5 @@ def test_eval_advises_by_it(folders: Path) -> None:
     held = ROOT / "docs" / "examples" / "test.jsonl"
     body = loram.evaluate(TINY, data=held, adapter=folders / "adapter", compare=True, limit=2, max_length=48).to_json()
     assert body["advice"][0].startswith("calibrate on the text that you train on")
-    assert body["advice"][-1] == "train more than 2 steps"
+    assert any(each.startswith("train more than 2 steps") for each in body["advice"])
     assert json.dumps(body)
