@@ -33,6 +33,10 @@ from loram.training.signals import stop_on_signals
 logger = logging.getLogger(__name__)
 ADDED = {"lm": "aligned", "distill": "aligned", "block": "aligned", "refit": "refit"}
 """What a method adds to a manifest's `compression`."""
+WORSE = (
+    "it did not get better: train on the model that was given, or align again with more text (--samples, --steps, "
+    "--data) or a lower --lr"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +54,12 @@ class AlignResult(StageResult):
 
     def summary(self) -> str:
         """One line, and what a reader should mind."""
-        first = (
-            "nothing was aligned (--dry-run)"
-            if self.before is None
-            else f"the small model's held-out loss: {self.before:.3f} → {self.after:.3f}"
-        )
-        return "\n".join([first, *self.notes])
+        if self.before is None or self.after is None:
+            return "\n".join(["nothing was aligned (--dry-run)", *self.notes])
+        lines = [f"the small model's held-out loss: {self.before:.3f} → {self.after:.3f}"]
+        if not self.after < self.before:
+            lines.append(WORSE)
+        return "\n".join([*lines, *self.notes])
 
 
 def align(options: AlignOptions, progress: Progress = SILENT) -> AlignResult:

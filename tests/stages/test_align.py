@@ -317,3 +317,10 @@ def test_layers_are_repaired_in_the_whole_stage(work: Path, tmp_path: Path, how:
     assert lines[3]["loss"] > 0
     assert all(line["loss"] <= line["error_before"] for line in lines)
     assert result.after is not None
+
+
+@pytest.mark.parametrize(("before", "after", "worse"), [(3.0, 2.9, False), (3.0, 3.0, True), (3.0, float("nan"), True)])
+def test_a_model_that_did_not_get_better_is_not_passed_over(before: float, after: float, worse: bool) -> None:
+    text = AlignResult(before=before, after=after).summary()
+    assert text.startswith("the small model's held-out loss: 3.000 → ")
+    assert ("train on the model that was given" in text) == worse
