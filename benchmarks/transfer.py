@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.cells import RESULTS
+from benchmarks.findings import findings
 from benchmarks.grid import LEVERS, METHODS, MODELS, RATES, TASKS, Cell
 from benchmarks.kept_gain import Outcome, Records, spelled
 from benchmarks.pictures import Bar, Line, bars, lines
@@ -213,6 +214,7 @@ def page(folder: Path = RESULTS) -> str:
     parts = [
         HEAD,
         section("Measured", setting(records), "\n".join(table(records)), READING),
+        section("What to read from it", findings(records)),
         section("Learning rates", RATES_TEXT, "\n".join(rates(records))),
         section("Other models and data", "\n".join(others(folder))),
         section("Ablation: recovery and alignment", ABLATION, "\n".join(ablation(records)), commands_of_ablation()),

@@ -10,7 +10,7 @@ SETTING = "SmolLM2-135M, GSM8K, ratio 0.5"
 KEPT = {
     "nf4": 0.96,
     "refit-general": 0.78,
-    "refit": 0.84,
+    "refit": 0.85,
 }
 """By method of `benchmarks/grid.py`: the mean over the seeds that were run, to a percent."""
 
