@@ -28,22 +28,22 @@ def findings(records: Records) -> str:
     plain, lower = at("refit", high), at("refit", low)
     items = [
         f"**Bits before cuts.** 4 bit without a cut keeps {best('nf4', '', None)}, with 0.3 cut besides "
-        f"{best('refit-nf4', '0.3')}: both take fewer bytes than a cut of 0.5 in 16 bit. Cut only what 4 bits leave too "
-        "large.",
+        f"{best('refit-nf4', '0.3')}: both take fewer bytes than a cut of 0.5 in 16 bit. Cut only what 4 bits leave "
+        "too large.",
         f"**Calibrate on the text you train on.** The refit keeps {best('refit')} on half task text, "
         f"{best('refit-general')} on general text, and the same cut without a refit {at('structured', low)} (at lr "
         f"{low:g}, where the refit keeps {lower}). A random cut keeps {best('random')}.",
         f"**Train the small model at a higher rate than the large one.** From lr {low:g} to {high:g} the large model "
         f"gains nothing; the adapter from the small one goes from {lower} to {plain}.",
-        f"**Distillation bought nothing here.** With 24,000 tokens of it, {at('distill', high)} are kept at lr {high:g} "
-        f"and {at('distill', low)} at {low:g}. It makes the small model with its adapter better (loss "
+        f"**Distillation bought nothing here.** With 24,000 tokens of it, {at('distill', high)} are kept at lr "
+        f"{high:g} and {at('distill', low)} at {low:g}. It makes the small model with its adapter better (loss "
         f"{loss('refit', 'small')} to {loss('distill', 'small')} at lr {low:g}) and the large model with the recovered "
         f"one worse ({loss('refit', 'large')} to {loss('distill', 'large')}). A likely reason: weights that move away "
         "from the large model's take the adapter with them. Far more tokens were not tried.",
         f"**Scales chosen on the large model** (`recover --calibrate`, 32 rows) keep {at('refit-calibrated', high)} "
         f"where plain recovery keeps {plain}, one seed each. LoRA in the whole layers alone keeps "
-        f"{at('whole-layers', low)} (at lr {low:g}); 256 calibration windows in place of 64 keep {at('refit-256', low)} "
-        f"in place of {lower}.",
+        f"{at('whole-layers', low)} (at lr {low:g}); 256 calibration windows in place of 64 keep "
+        f"{at('refit-256', low)} in place of {lower}.",
         goal(records),
     ]
     return "\n".join(f"- {item}" for item in items)
