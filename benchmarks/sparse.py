@@ -70,8 +70,8 @@ def sparsify(bench: Bench) -> Outcome:
     for place in out.values():
         shutil.rmtree(place)
     setting = (
-        f"{bench.describe('trained').replace('bf16', 'fp32')}; {PATTERN}, {size.samples} windows of "
-        f"{size.sample_length} tokens, the same for both; all compute in fp32"
+        f"{bench.describe('trained')}; {PATTERN}, {size.samples} windows of {size.sample_length} tokens, the same for "
+        "both, and both compute in the dtype that is stored"
     )
     theirs_use = samples["importing llm-compressor"][0].figures
     facts["llm-compressor's environment"] = ", ".join(f"{name} {theirs_use[name]}" for name in theirs_use)

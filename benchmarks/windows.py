@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from benchmarks.checkpoints import write_base
 from benchmarks.measure import ROOT
@@ -22,11 +21,8 @@ FILE = "windows.safetensors"
 
 
 def write_calibrated(shape: Shape, folder: Path, samples: int, length: int) -> None:
-    """A random model in fp32, so that all compute in fp32, with a tokenizer and its windows (samples, length)."""
+    """A random model in bf16 with a tokenizer, and its windows (samples, length)."""
     write_base(shape, folder)
-    for file in folder.glob("*.safetensors"):
-        save_file({name: value.float() for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(shape.config() | {"dtype": "float32"}), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER / name, folder / name)
     windows = calibration_windows((str(TEXT),), load_tokenizer(folder), samples, length, 0)

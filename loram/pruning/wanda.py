@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loram.families.sparsity import Sparsity
+from loram.masks import masked
 from loram.pruning.lowest import lowest_elements
 from loram.pruning.score import Score
 from loram.pruning.weight_score import WeightScore
@@ -33,7 +34,7 @@ def prune(
         # By rows: the scores of a whole weight would take twice its memory.
         pieces = [lowest_elements(element(rows.float(), input_norms), sparsity) for rows in torch.split(weight, ROWS)]
         gone = torch.cat(pieces)
-        found.append((weight.masked_fill(gone, 0), gone))
+        found.append((masked(weight, ~gone), gone))
     return found
 
 
