@@ -7,8 +7,9 @@ commit; weights are identified by their fingerprint, wherever they came from.
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
+from loram.artifact import Base
 from loram.errors import InputError, OptionError
 from loram.hub.failures import hub_failure
 
@@ -49,3 +50,8 @@ def split_id(model: str) -> tuple[str | None, str | None]:
 def is_hub_id(text: str) -> bool:
     """Whether a text has the form of a Hub id."""
     return re.fullmatch(REPO, text) is not None
+
+
+def is_path(base: Base) -> bool:
+    """Whether an id of the form org/name is only how a folder was typed."""
+    return Path(base.id).exists() or PurePath(base.location).parts[-2:] == PurePath(base.id).parts

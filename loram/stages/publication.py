@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from loram.adapter import CONFIG
@@ -15,7 +15,7 @@ from loram.errors import InputError, KindError, LoramError, MismatchError, Optio
 from loram.evaluation.ladder import Ladder, Rung
 from loram.hub.card import CardFacts
 from loram.hub.contents import data_name
-from loram.hub.download import is_hub_id, split_id
+from loram.hub.download import is_hub_id, is_path, split_id
 from loram.hub.upload import License
 from loram.options import PushOptions, VerifyOptions
 from loram.portability import Verdict
@@ -152,11 +152,6 @@ def base_of(
             return base
     what = f"calls its large model {known.id!r}" if known.id else "does not name its large model"
     raise OptionError(f"{options.adapter} {what}, which others do not have; add --base-id org/name")
-
-
-def is_path(base: Base) -> bool:
-    """Whether an id of the form org/name is only how a folder was typed."""
-    return Path(base.id).exists() or PurePath(base.location).parts[-2:] == PurePath(base.id).parts
 
 
 def ladder_of(options: PushOptions, folder: Path) -> Ladder | None:

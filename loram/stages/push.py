@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loram.artifact import require_folder
+from loram.artifact import Base, require_folder
 from loram.errors import HubError, OptionError
-from loram.hub.download import is_hub_id
+from loram.hub.download import is_hub_id, is_path
 from loram.hub.upload import Hub, License, Target
 from loram.memory import format_bytes
 from loram.option_fields import command_line
@@ -92,6 +92,23 @@ def push(options: PushOptions, progress: Progress = SILENT) -> PushResult:
     confirm(options, around.target, result, progress)
     url = upload(hub, options, around.target, files, progress)
     return replace(result, url=url, pushed=True, next_command="")
+
+
+def check_ahead(options: PushOptions, base: Base, stated: str | None) -> None:
+    """Before a run of hours that ends in a push: refuse what would be refused at its end.
+
+    `base` describes the large model, `stated` is the id that an earlier section gives it.
+    """
+    if not is_hub_id(options.to):
+        raise OptionError(f"push: to is {options.to!r}; expected a repository on the Hub such as user/name")
+    if not (options.base_id or stated) and (not is_hub_id(base.id) or is_path(base)):
+        raise OptionError(
+            f"push: the large model is {base.id!r}, which others do not have; add base_id: org/name to the section push"
+        )
+    if not options.dry_run:
+        hub = Hub()
+        hub.whoami(options.to)
+        check_target(options, hub.look_up(options.to))
 
 
 def look_around(hub: Hub, options: PushOptions, found: Publication) -> Surroundings:

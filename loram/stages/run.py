@@ -29,11 +29,12 @@ from loram.errors import Interrupted, MismatchError, OutputError
 from loram.hub.download import resolve_model
 from loram.memory import format_bytes, peak_bytes, restart_peak
 from loram.option_fields import command_line
-from loram.options import RunOptions
+from loram.options import PushOptions, RunOptions
 from loram.progress import SILENT, Progress
 from loram.recipe import Recipe, load_recipe
 from loram.results import StageResult
 from loram.stages import stage_function
+from loram.stages.push import check_ahead
 from loram.stages.wiring import Step, settle, wire
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,9 @@ def run(options: RunOptions, progress: Progress = SILENT) -> RunResult:
     if options.dry_run:
         plan = tuple({"name": step.name, "options": step.options.to_json()} for step in steps)
         return RunResult(stages=plan, next_command=f"loram run {options.recipe} -o {options.out}")
+    for step in steps:
+        if isinstance(step.options, PushOptions):
+            check_ahead(step.options, describe_base(model), stated_base(recipe))
     folder = open_run(options, model)
     record = Record(folder)
     with locked(folder), logging_into(folder / "loram.log"):
@@ -96,8 +100,21 @@ def run(options: RunOptions, progress: Progress = SILENT) -> RunResult:
         ladder=record.ladder(),
         adapter=str(adapter),
         path=folder,
-        next_command=f"loram merge {adapter} -o MERGED" if adapter.is_dir() else "",
+        next_command=next_of(steps, adapter),
     )
+
+
+def stated_base(recipe: Recipe) -> str | None:
+    """The id that a section before push gives the large model."""
+    return next((found for name in ("recover", "prune") if (found := recipe.section(name).get("base_id"))), None)
+
+
+def next_of(steps: list[Step], adapter: Path) -> str:
+    """The push that was only shown; else a merge."""
+    shown = [step.options for step in steps if isinstance(step.options, PushOptions) and step.options.dry_run]
+    if shown:
+        return command_line("push", replace(shown[0], dry_run=False))
+    return f"loram merge {adapter} -o MERGED" if adapter.is_dir() else ""
 
 
 def work_on(step: Step, options: RunOptions, record: Record, progress: Progress) -> None:

@@ -124,6 +124,7 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
         names.insert(names.index("eval") if "eval" in names else len(names), "ceiling")
     if "eval" in names and not (options.eval_data or recipe.section("eval").get("data")):
         names.remove("eval")
+    check_order(options, names)
     steps = []
     for number, name in enumerate(names):
         stage = STAGE_OF.get(name, name)
@@ -137,6 +138,8 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
         if filled.get("calibrate"):
             filled = {"large": model, "columns": options.columns} | filled
             warn_of_eval_rows(filled["calibrate"], options.eval_data)
+        if name == "push" and not filled.get("yes"):
+            filled["dry_run"] = True  # nobody is there to ask when a run of hours ends
         if name in FOLDERS:
             filled |= {"out": str(run / FOLDERS[name])}
         built = from_mapping(SECTIONS[stage], filled, f"{options.recipe}: {stage}")
@@ -153,6 +156,14 @@ def warn_of_eval_rows(calibrate: str | Sequence[str], eval_data: Sequence[str]) 
                 "other held-out rows",
                 spec,
             )
+
+
+def check_order(options: RunOptions, names: list[str]) -> None:
+    """What is pushed has to be made, verified and measured before."""
+    if "push" in names:
+        late = [name for name in ("recover", "verify", "eval") if name in names[names.index("push") :]]
+        if late:
+            raise OptionError(f"{options.recipe}: push stands before {late[0]}; put it last")
 
 
 def small_before(done: list[str], name: str, recipe: Recipe) -> str | None:
@@ -205,6 +216,10 @@ def _merge(options: RunOptions, run: Path, model: str, small: str) -> dict[str, 
     return {"adapter": str(run / "adapter"), "base": model}
 
 
+def _push(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
+    return {"adapter": str(run / "adapter"), "large": model}
+
+
 def _eval(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
     return {
         "model": model,
@@ -228,4 +243,5 @@ WIRES: dict[str, Callable[[RunOptions, Path, str, str], dict[str, Any]]] = {
     "merge": _merge,
     "ceiling": _train,
     "eval": _eval,
+    "push": _push,
 }
