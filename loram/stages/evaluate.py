@@ -29,7 +29,7 @@ from loram.evaluation.ladder import (
 )
 from loram.evaluation.losses import Loss, RowLosses, paired_gain, summarize
 from loram.evaluation.subjects import Exam, Measured, Subject, examine
-from loram.hub.download import resolve_model
+from loram.hub.download import fetched, resolve_artifact, resolve_model
 from loram.modeling import load_tokenizer
 from loram.options import EvalOptions
 from loram.progress import SILENT, Progress
@@ -86,7 +86,7 @@ class EvalResult(StageResult):
 def evaluate(options: EvalOptions, progress: Progress = SILENT) -> EvalResult:
     """Measure one model, or every rung of the ladder with `--compare`."""
     model = model_folder(options.model)
-    subjects = ladder_subjects(options, model) if options.compare else [single_subject(options, model)]
+    subjects = ladder_subjects(fetched(options), model) if options.compare else [single_subject(options, model)]
     for subject in subjects:
         if subject.adapter is not None:
             check_pair(subject.model, subject.adapter)
@@ -164,7 +164,7 @@ def single_subject(options: EvalOptions, model: Path) -> Subject:
     name = f"small model {options.model}" if manifest and manifest.kind == "small-model" else options.model
     if options.adapter is None:
         return Subject(name, model)
-    return Subject(f"{name} + adapter {options.adapter}", model, Path(options.adapter))
+    return Subject(f"{name} + adapter {options.adapter}", model, resolve_artifact(options.adapter))
 
 
 def ladder_subjects(options: EvalOptions, model: Path) -> list[Subject]:

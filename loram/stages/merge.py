@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loram.adapter import Adapter, check_finite, check_init, expected_modules, load_adapter
-from loram.artifact import Base, Manifest, check_output, drafting, read_manifest, write_json
+from loram.adapter import CONFIG, Adapter, check_finite, check_init, expected_modules, load_adapter
+from loram.artifact import Base, Manifest, check_output, drafting, read_json, read_manifest, write_json
 from loram.checkpoint import BY_FLAG, Checkpoint, describe_base, read_config
 from loram.errors import KindError, MismatchError, OptionError
 from loram.families import family_of, is_small_config
+from loram.hub.download import fetched, is_hub_id
 from loram.memory import check_disk, format_bytes, peak_bytes
 from loram.merging import check_mergeable, merge_shards, merged_bytes, refuse_quantized
 from loram.options import MergeOptions
@@ -44,6 +45,7 @@ class MergeResult(StageResult):
 
 def merge(options: MergeOptions, progress: Progress = SILENT) -> MergeResult:
     """Stream the base through, add each module's update tile by tile, keep everything else to the bit."""
+    asked, options = options, fetched(options)
     if not options.dry_run:
         check_output(options.out, [options.adapter, *([options.base] if options.base else [])], force=options.force)
     manifest = read_manifest(options.adapter)
@@ -67,7 +69,7 @@ def merge(options: MergeOptions, progress: Progress = SILENT) -> MergeResult:
         if not options.dry_run:
             check_disk(options.out, size)
             progress.begin("merge", size)
-            write(options, checkpoint, adapter, identity, progress)
+            write(options, asked, checkpoint, adapter, identity, progress)
             progress.end()
         return MergeResult(
             modules=len(adapter.pairs),
@@ -82,9 +84,20 @@ def base_folder(options: MergeOptions, manifest: Manifest | None) -> Path:
     """The large model to merge into."""
     base = find_large(options.adapter, manifest, options.base)
     if base is None:
-        raise OptionError(f"{options.adapter} does not say where its large model is; add --base FOLDER")
+        named = base_name(options.adapter, manifest)
+        known = f" or --base {named} to fetch it" if named else ""
+        raise OptionError(f"{options.adapter} does not say where its large model is; add --base FOLDER{known}")
     refuse_quantized(base, read_config(base))
     return base
+
+
+def base_name(adapter: str, manifest: Manifest | None) -> str:
+    """The large model's Hub id with its revision, as the manifest or the adapter's config names it; or nothing."""
+    config = read_json(Path(adapter) / CONFIG)
+    told = str(config.get("base_model_name_or_path") or ""), config.get("revision")
+    known = (manifest.base.id, manifest.base.revision) if manifest is not None and manifest.base is not None else told
+    name, revision = known
+    return "" if not is_hub_id(name) else f"{name}@{revision}" if revision else name
 
 
 def check_fit(checkpoint: Checkpoint, adapter: Adapter, where: str) -> None:
@@ -101,8 +114,15 @@ def check_fit(checkpoint: Checkpoint, adapter: Adapter, where: str) -> None:
         )
 
 
-def write(options: MergeOptions, checkpoint: Checkpoint, adapter: Adapter, identity: Base, progress: Progress) -> None:
-    """Write the folder: other files first, then the shards."""
+def write(
+    options: MergeOptions,
+    asked: MergeOptions,
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    identity: Base,
+    progress: Progress,
+) -> None:
+    """Write the folder: other files first, then the shards. `asked`: the options as they were typed."""
     dtype = None if options.dtype == "same" else BY_FLAG[options.dtype]
     with drafting(options.out, force=options.force, inputs=[options.adapter, checkpoint.folder]) as draft:
         copy_files(checkpoint.folder, draft.path, COPIED)
@@ -116,7 +136,7 @@ def write(options: MergeOptions, checkpoint: Checkpoint, adapter: Adapter, ident
         draft.manifest = Manifest(
             kind="merged-model",
             stage="merge",
-            options=options.to_json(),
+            options=asked.to_json(),
             family=family_of(checkpoint.config).name,
             base=identity,
             parents=(parent_of(options.adapter, "adapter", draft.out),),

@@ -9,6 +9,7 @@ from typing import Any
 from loram.adapter import Adapter, LoraPair, check_finite, check_init, check_modules, expected_modules, load_adapter
 from loram.artifact import Manifest, check_output, drafting, read_manifest, require_kind
 from loram.errors import InputError, KindError, MismatchError
+from loram.hub.download import fetched
 from loram.options import ProjectOptions
 from loram.progress import SILENT, Progress
 from loram.pruning_map import PruningMap, read_map
@@ -39,6 +40,7 @@ class ProjectResult(StageResult):
 
 def project(options: ProjectOptions, progress: Progress = SILENT) -> ProjectResult:
     """Gather the adapter's rows and columns that the small model kept."""
+    asked, options = options, fetched(options)
     inputs = [options.adapter, options.small]
     if not options.dry_run:
         check_output(options.out, inputs, force=options.force)
@@ -68,7 +70,7 @@ def project(options: ProjectOptions, progress: Progress = SILENT) -> ProjectResu
         draft.manifest = Manifest(
             kind="small-adapter",
             stage="project",
-            options=options.to_json(),
+            options=asked.to_json(),
             family=small.family,
             compression=small.compression,
             base=moved(small.base, options.small, draft.out),

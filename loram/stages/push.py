@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loram.artifact import Base, require_folder
 from loram.errors import HubError, OptionError
-from loram.hub.download import is_hub_id, is_path
+from loram.hub.download import fetched, is_hub_id, is_path
 from loram.hub.upload import Hub, License, Target
 from loram.memory import format_bytes
 from loram.option_fields import command_line
@@ -65,6 +65,7 @@ def push(options: PushOptions, progress: Progress = SILENT) -> PushResult:
     """Say who we are, verify, show what would go, upload, commit once."""
     if not is_hub_id(options.to):
         raise OptionError(f"--to is {options.to!r}; expected a repository on the Hub such as user/name")
+    asked, options = options, fetched(options)
     require_folder(options.adapter)
     hub = Hub()
     if not options.dry_run:
@@ -84,7 +85,7 @@ def push(options: PushOptions, progress: Progress = SILENT) -> PushResult:
         state=state(options, around),
         card=card,
         pushed=False,
-        next_command=command_line("push", replace(options, dry_run=False)),
+        next_command=command_line("push", replace(asked, dry_run=False)),
     )
     if options.dry_run:
         return result

@@ -20,6 +20,7 @@ from loram.artifact import Base, Draft, Manifest, check_output, drafting, read_m
 from loram.data.places import source_path
 from loram.errors import KindError
 from loram.hidden_update import HiddenUpdate
+from loram.hub.download import fetched
 from loram.memory import check_disk
 from loram.options import RecoverOptions
 from loram.progress import SILENT, Progress
@@ -64,6 +65,7 @@ class RecoverResult(StageResult):
 
 def recover(options: RecoverOptions, progress: Progress = SILENT) -> RecoverResult:
     """Scatter the adapter's rows and columns to where the map kept them; zeros elsewhere."""
+    asked, options = options, fetched(options)
     inputs = [options.adapter, *([options.small] if options.small else []), *map(source_path, options.calibrate)]
     if not options.dry_run:
         check_output(options.out, inputs, force=options.force)
@@ -99,7 +101,8 @@ def recover(options: RecoverOptions, progress: Progress = SILENT) -> RecoverResu
             recovered, record = calibrated(options, recovered, base, draft, progress)
         recovered.save(draft.path, base_id)
         copy_files(options.adapter, draft.path)
-        draft.manifest = replace(recovered_manifest(options, draft, source, made), calibration=record)
+        about = recovered_manifest(options, draft, source, made)
+        draft.manifest = replace(about, options=asked.to_json(), calibration=record)
         if result.hidden is not None:
             draft.manifest = replace(draft.manifest, training={RECORD: result.hidden.to_json()})
         set_aside(draft.path, draft.out)
@@ -173,12 +176,11 @@ def recovered_manifest(
     if source is None:
         assert made is not None
         base = moved(made.base, options.adapter, draft.out) if made.base else None
-        return replace(made, stage="recover", options=options.to_json(), base=base, parents=(parent,))
+        return replace(made, stage="recover", base=base, parents=(parent,))
     family = source.pruning_map.family.name
     return Manifest(
         kind="adapter",
         stage="recover",
-        options=options.to_json(),
         family=family,
         compression=source.compression,
         base=replace(moved(source.base, options.adapter, draft.out), id=options.base_id or source.base.id),

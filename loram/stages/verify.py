@@ -13,6 +13,7 @@ from loram.checkpoint import Checkpoint
 from loram.errors import FamilyError, LoramError, OptionError
 from loram.families import family_of
 from loram.hidden_update import HiddenUpdate, hidden_update
+from loram.hub.download import fetched
 from loram.options import VerifyOptions
 from loram.portability import Verdict, portability
 from loram.progress import SILENT, Progress
@@ -64,6 +65,7 @@ class VerifyResult(StageResult):
 
 def verify(options: VerifyOptions, progress: Progress = SILENT) -> VerifyResult:
     """Run every check; a failed one is reported, not raised."""
+    asked, options = options, fetched(options)
     folder = require_folder(options.adapter)
     manifest = read_manifest(folder)
     adapter = load_adapter(folder)
@@ -103,7 +105,7 @@ def verify(options: VerifyOptions, progress: Progress = SILENT) -> VerifyResult:
     return VerifyResult(
         checks=tuple(checks),
         portable=portability(adapter, complete=complete and (manifest is None or manifest.kind != "small-adapter")),
-        next_command=next_command(options, manifest),
+        next_command=next_command(asked, manifest),
     )
 
 
