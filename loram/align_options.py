@@ -93,6 +93,9 @@ class AlignInputs(TeacherOptions, StreamOptions):
     )
     columns: str | None = option(None, "Map data columns, e.g. prompt=question,completion=answer.")
     length: int = option(256, "Tokens in a window.", flags=("--max-length", "--max-seq-length"))
+    packing: bool = option(
+        False, "lm, distill: keep the documents in a window apart, so that none sees the one before it."
+    )
     samples: int = option(64, "refit, block: windows in all.")
     held_out: int = option(16, "Windows that are left out, to measure the loss before and after.")
 
@@ -135,6 +138,11 @@ class AlignOptions(AlignInputs):
             f"--hidden-weight is for --method distill; --method {self.method} has no use for it",
         )
         require(self.method == "refit" or not self.refit_all, "--refit-all is for --method refit")
+        require(
+            not self.packing or (learns and self.teacher_cache is None),
+            "--packing is for lm and for distill with the large model in memory: refit, block and --teacher-cache put "
+            "all windows through a layer under one mask, which keeps no documents apart",
+        )
 
     @property
     def step_count(self) -> int:

@@ -82,20 +82,35 @@ def source_windows(source: Source, tokenizer: Any, count: int, length: int, seed
 
 def text_windows(source: Source, tokenizer: Any, count: int, length: int, seed: int) -> list[torch.Tensor]:
     """At most `count` windows from one source; DataError where it holds too little text for one."""
+    return [window for window, _ in placed_windows(source, tokenizer, count, length, seed)]
+
+
+def placed_windows(
+    source: Source, tokenizer: Any, count: int, length: int, seed: int, *, apart: bool = False
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The same with each token's place in its document, which begins anew with 0.
+
+    `apart`: documents are to be kept apart, so each keeps the BOS that it begins with.
+    """
     bos = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     body = length - len(bos)
     order = list(source.rows)
     random.Random(seed).shuffle(order)
     stream: list[int] = []
+    places: list[int] = []
     for example in order:
         if len(stream) >= count * body:
             break
         ids = encode_example(example, tokenizer)["input_ids"]
-        stream += ids[len(bos) :] if ids[: len(bos)] == bos else ids
+        own = ids if apart or ids[: len(bos)] != bos else ids[len(bos) :]
+        stream += own
+        places += range(len(own))
     enough = min(count, len(stream) // body)
     if not enough:
         raise DataError(
             f"calibration text {source.path} holds {len(stream)} tokens, less than one window of {length}; "
             "add text, or lower --length"
         )
-    return [torch.tensor(bos + stream[body * i : body * (i + 1)]) for i in range(enough)]
+    parts = [slice(body * i, body * (i + 1)) for i in range(enough)]
+    ahead = [0] * len(bos)
+    return [(torch.tensor(bos + stream[part]), torch.tensor(ahead + places[part])) for part in parts]

@@ -121,9 +121,9 @@ def text_of(options: AlignOptions, folder: Path) -> Mixture:
         options.data or (BUILTIN,),
         load_tokenizer(folder),
         (count, options.held_out),
-        length,
+        (length, options.packing),
         options.seed,
-        columns=options.columns,
+        options.columns,
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from torch import Tensor, nn
 from loram.artifact import Manifest, sha256_json
 from loram.blockwise import BlockRunner
 from loram.checkpoint import BY_FLAG, Checkpoint
+from loram.data.encoding import EncodedRow
+from loram.data.isolation import refuse_leaks
 from loram.data.windows import Mixture
 from loram.device import pick_device, place, resolve_dtype
 from loram.errors import InputError
+from loram.evaluation.losses import summarize
+from loram.evaluation.streamed import StreamedModel
 from loram.masks import masked
 from loram.modeling import load_model
 from loram.options import AlignOptions
@@ -51,9 +56,14 @@ class Work:
     progress: Progress
 
     @property
+    def dtype_name(self) -> str:
+        """The dtype that is computed in, as it is typed."""
+        return resolve_dtype(self.options.dtype)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that is computed in."""
-        return BY_FLAG[resolve_dtype(self.options.dtype)]
+        return BY_FLAG[self.dtype_name]
 
     @cached_property
     def pruning_map(self) -> PruningMap:
@@ -98,6 +108,10 @@ def digest_of(mixture: Mixture) -> str:
 def held_out_loss(work: Work, folder: Path) -> float:
     """Mean next-token loss of a model on the windows that were held out, one layer in memory at a time."""
     windows = work.mixture.held_out
+    if work.mixture.held_places is not None:
+        rows = documents(windows, work.mixture.held_places)
+        losses = StreamedModel(folder, work.options.batch, work.dtype_name).measure(rows, None, work.progress)
+        return summarize(losses).mean
     with Checkpoint(folder) as checkpoint, work.runner(checkpoint) as runner:
         work.progress.begin("measure", runner.layers)
         hidden = runner.embed(windows)
@@ -107,6 +121,16 @@ def held_out_loss(work: Work, folder: Path) -> float:
         nll, tokens = runner.losses(hidden, windows)
         work.progress.end()
         return float(nll.sum() / tokens.sum())
+
+
+def documents(windows: Tensor, places: Tensor) -> list[EncodedRow]:
+    """The documents in windows, and parts of documents, as rows of their own; what is one token long says nothing."""
+    rows = []
+    for ids, where in zip(windows.tolist(), places.tolist(), strict=True):
+        starts = [0, *(number for number in range(1, len(ids)) if where[number] == 0), len(ids)]
+        parts = [ids[first:last] for first, last in pairwise(starts) if last - first > 1]
+        rows += [EncodedRow(input_ids=part, loss_mask=[False, *[True] * (len(part) - 1)]) for part in parts]
+    return rows
 
 
 def learn(work: Work) -> Changed:
@@ -120,7 +144,9 @@ def learn(work: Work) -> Changed:
     model.train()
     parameters = trained_weights(work, model)
     logger.info("aligning %s of %s parameters", f"{count(parameters):,}", f"{count(dict(model.named_parameters())):,}")
-    student = Student(model, work.mixture.windows, work.dtype)
+    if options.packing:
+        refuse_leaks(model, options.length)
+    student = Student(model, work.mixture.windows, work.dtype, work.mixture.places)
     masks = {} if options.scope == "lora" else work.masks(parameters)
     task = Task(parameters, objective_of(work, student), work.mixture.order, work.mixture.windows.shape[1], masks)
     align_weights(task, options, work.path, work.progress, work.session)
@@ -158,7 +184,7 @@ def teacher_of(work: Work, student: Student) -> Teacher:
     options = work.options
     if options.teacher_cache is not None:
         return teachers.cached_teacher(Path(options.teacher_cache), pick_device(), hidden=bool(options.hidden_weight))
-    large = Student(place(load_model(work.large(), dtype=work.dtype)), student.windows, work.dtype)
+    large = replace(student, model=place(load_model(work.large(), dtype=work.dtype)))
     return resident_teacher(large, options.temperature)
 
 

@@ -72,7 +72,7 @@ class TrainResult(StageResult):
         """What came of it; what was trained on has been said before."""
         if self.run is None:
             peak = f"; peak memory would be {self.predicted()}" if self.training else ""
-            return f"{self.data}\nnothing was trained (--dry-run){peak}"
+            return f"nothing was trained (--dry-run){peak}"
         return (
             f"{self.run.steps} steps: training loss {self.run.loss_first:.3f} → {self.run.loss_last:.3f}, "
             f"{self.run.tokens_per_second:,.0f} tokens/s, peak {format_bytes(self.run.peak_bytes)}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loram.data.collate import IGNORED
 from loram.training.alignment import Objective
 from loram.training.cross_entropy import soft_cap, summed_loss
 from loram.training.divergence import Comparison, against_hidden, hidden_error, summed_divergence
@@ -29,21 +30,38 @@ Teacher = Callable[[Sequence[int]], Lesson]
 
 @dataclass(frozen=True)
 class Student:
-    """The small model with the windows (count, length) that it is aligned on, and the dtype it computes in."""
+    """The small model with the windows (count, length) that it is aligned on, and the dtype it computes in.
+
+    `places`: where in its document each token is; then documents in a window do not see each other.
+    """
 
     model: Any
     windows: Tensor
     dtype: torch.dtype
+    places: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        found: torch.device = self.model.get_input_embeddings().weight.device
+        return found
 
     def batch(self, numbers: Sequence[int]) -> Tensor:
         """Token ids (rows, length) on the model's device."""
-        device = self.model.get_input_embeddings().weight.device
-        return self.windows[list(numbers)].to(device)
+        return self.windows[list(numbers)].to(self.device)
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def targets(self, numbers: Sequence[int]) -> Tensor:
+        """The tokens to predict (rows, length - 1); IGNORED where a document begins, which nothing before it tells."""
+        ids = self.batch(numbers)[:, 1:]
+        if self.places is None:
+            return ids
+        return ids.masked_fill(self.places[list(numbers)][:, 1:].to(self.device) == 0, IGNORED)
+
+    def hidden(self, numbers: Sequence[int]) -> Tensor:
         """Last hidden states (rows, length, width), as the head reads them."""
-        with self.computing(ids.device.type):
-            found: Tensor = self.model.get_decoder()(input_ids=ids, use_cache=False)[0]
+        apart = {} if self.places is None else {"position_ids": self.places[list(numbers)].to(self.device)}
+        with self.computing(self.device.type):
+            found: Tensor = self.model.get_decoder()(input_ids=self.batch(numbers), use_cache=False, **apart)[0]
         return found
 
     def computing(self, device: str) -> AbstractContextManager[Any]:
@@ -57,10 +75,10 @@ def next_token(student: Student) -> Objective:
     """Mean cross-entropy of the next tokens (2502.13533, alignment)."""
 
     def objective(numbers: Sequence[int]) -> Tensor:
-        ids = student.batch(numbers)
-        hidden = student.hidden(ids)[:, :-1]
-        targets = ids[:, 1:].reshape(-1)
-        return summed_loss(student.model, hidden.reshape(len(targets), -1), targets) / len(targets)
+        targets = student.targets(numbers)
+        carry = targets != IGNORED
+        hidden = student.hidden(numbers)[:, :-1]
+        return summed_loss(student.model, hidden[carry], targets[carry]) / carry.sum()
 
     return objective
 
@@ -69,9 +87,8 @@ def distilled(student: Student, teacher: Teacher, temperature: float, hidden_wei
     """Mean KL(teacher ‖ student) per token, plus the relative error of the last hidden states times its weight."""
 
     def objective(numbers: Sequence[int]) -> Tensor:
-        ids = student.batch(numbers)
         lesson = teacher(numbers)
-        hidden = student.hidden(ids)
+        hidden = student.hidden(numbers)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         loss = summed_divergence(student.model, hidden, lesson.compare, temperature) / len(hidden)
         if hidden_weight:
@@ -89,7 +106,7 @@ def resident_teacher(large: Student, temperature: float) -> Teacher:
 
     @torch.no_grad()
     def teach(numbers: Sequence[int]) -> Lesson:
-        hidden = large.hidden(large.batch(numbers))
+        hidden = large.hidden(numbers)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         head = large.model.get_output_embeddings().weight
         return Lesson(against_hidden(hidden, head, soft_cap(large.model), temperature), hidden)

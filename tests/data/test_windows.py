@@ -21,7 +21,7 @@ def texts(folder: Path, **lengths: int) -> dict[str, str]:
 
 
 def mixed(sources: tuple[str, ...], train: int, held: int, seed: int = 0) -> Mixture:
-    return mix(sources, make_tokenizer(), (train, held), 10, seed, columns=None)
+    return mix(sources, make_tokenizer(), (train, held), (10, False), seed)
 
 
 def origin(windows: torch.Tensor) -> Counter[int]:
@@ -64,3 +64,14 @@ def test_too_little_text(tmp_path: Path) -> None:
         mixed((files["a"],), 20, 4)
     with pytest.raises(DataError, match="less than one window of 10"):
         mixed((files["b"],), 20, 4)
+
+
+def test_documents_that_are_kept_apart_keep_their_bos(tmp_path: Path) -> None:
+    """Each begins at place 0 with the BOS that the tokenizer puts before a text, and so does every window."""
+    (tmp_path / "a.txt").write_text("\n\n".join("abcde"[:n] for n in (1, 3, 5) * 20))
+    tokenizer = make_tokenizer(bos=True)
+    found = mix((str(tmp_path / "a.txt"),), tokenizer, (10, 2), (10, True), 0)
+    assert found.places is not None
+    assert torch.equal(found.windows == tokenizer.bos_token_id, found.places == 0)
+    assert (found.places[:, 0] == 0).all()
+    assert mix((str(tmp_path / "a.txt"),), tokenizer, (10, 2), (10, False), 0).places is None
