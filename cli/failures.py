@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 from typing import Any
 
 import typer
 
-from loram.errors import LoramError, is_out_of_memory
+from loram.errors import LoramError, is_disk_full, is_out_of_memory
 
 from .options import nearest_flag
 
@@ -34,7 +33,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         return "interrupted", 130
     if is_out_of_memory(error):
         return NO_MEMORY, 3
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         return "the disk is full; free some space, or write elsewhere with -o", 3
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" + BUG, 1

@@ -28,6 +28,7 @@ from loram.errors import (
     OptionError,
     OutputError,
     ResourceError,
+    is_disk_full,
 )
 from loram.version import __version__
 
@@ -201,6 +202,8 @@ def _draft(draft: Draft, keep_partial: bool) -> Iterator[Draft]:
     except BaseException as error:
         if isinstance(error, MismatchError) or not (keep_partial and any(partial.glob(f"*/*/{SEAL}"))):
             shutil.rmtree(partial, ignore_errors=True)
+        if is_disk_full(error):
+            raise disk_full(target) from error
         if isinstance(error, OSError):
             raise output_error(error, target) from error
         raise
@@ -241,12 +244,17 @@ def empty(folder: Path) -> None:
 
 def output_error(error: OSError, target: Path) -> LoramError:
     """A write that failed, as the sentence and exit code a user needs."""
-    if error.errno in (28, 122):  # ENOSPC, EDQUOT
-        return ResourceError(f"the disk is full while writing {target}; free some space or choose another disk with -o")
+    if is_disk_full(error):
+        return disk_full(target)
     place = Path(str(error.filename)) if error.filename else target
     if place not in target.parents and not str(place).startswith((str(target), *map(str, scratch(target)))):
         return InputError(f"cannot read {error.filename}: {error.strerror}")
     return OutputError(f"cannot write {target}: {error.strerror or error}; choose another folder with -o")
+
+
+def disk_full(target: Path) -> ResourceError:
+    """No room for what was to be written."""
+    return ResourceError(f"the disk is full while writing {target}; free some space or choose another disk with -o")
 
 
 def read_manifest(folder: str | Path) -> Manifest | None:

@@ -22,6 +22,7 @@ A message is one sentence or two: what was found, what was expected, where, and 
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 
@@ -109,6 +110,17 @@ class Interrupted(LoramError):
     def __init__(self, what: str, command: str = "") -> None:
         super().__init__(f"{what}; go on with `{command}`" if command else what)
         self.what = what
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a disk had no room: the kernel's word for it, also where torch and safetensors pass it on as a text.
+
+    torch's writer says only that its file has not grown as it should have.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    words = ("No space left on device", "os error 28", "unexpected pos", "PytorchStreamWriter failed")
+    return isinstance(error, Exception) and any(word in str(error) for word in words)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

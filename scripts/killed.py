@@ -173,12 +173,19 @@ def see(name: str, small: Path, data: Path, scratch: Path, undisturbed: Path) ->
         "when": when,
         "rule": rule,
         "code": code,
-        "last line": said.strip().splitlines()[-1].replace(str(scratch), "…") if code > 0 else "",
+        "last line": placeless(said.strip().splitlines()[-1], small, data, scratch) if code > 0 else "",
         "reached": max(reached, start),
         "went on from": start,
         "lost": max(reached - start, 0),
         "same": (training.out / weights).read_bytes() == (undisturbed / weights).read_bytes(),
     }
+
+
+def placeless(text: str, *places: Path) -> str:
+    """A line without paths of this machine."""
+    for place in places:
+        text = text.replace(str(place), place.name)
+    return text
 
 
 def measure(small: Path, data: Path, scratch: Path, names: list[str]) -> list[dict[str, Any]]:

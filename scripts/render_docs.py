@@ -2,6 +2,7 @@
 
     docs/benchmarks.md              from benchmarks/results.json  (python -m benchmarks)
     docs/transfer.md, its pictures  from benchmarks/quality/*.json (python -m benchmarks.quality)
+    the table in docs/train.md      from docs/killed.json         (scripts/killed.py)
     docs/quality.md                 from docs/ladders/*.json      (scripts/record_ladder.py)
     the table in README, plan.md    from docs/configs/*.json, by the planner itself
     the other table in README       from benchmarks/quality/*.json
@@ -32,6 +33,7 @@ CUTS: tuple[tuple[str, dict[str, str]], ...] = (
     ("0.85", {"ratio": "0.85"}),
     ("0.85 + 4 bit", {"ratio": "0.85", "quantize": "nf4"}),
 )
+KILLED_MARKS = re.compile(r"(<!-- killed: .*?-->\n).*?(<!-- /killed -->)", re.DOTALL)
 MARKS = re.compile(r"(<!-- fits: .*?-->\n).*?(<!-- /fits -->)", re.DOTALL)
 
 KEPT = re.compile(r"(<!-- kept: .*?-->\n).*?(<!-- /kept -->)", re.DOTALL)
@@ -84,6 +86,22 @@ def plan_json(config: Path, **options: str) -> dict[str, Any]:
     """The same as `loram plan --json`."""
     body: dict[str, Any] = planned(config, **options).to_json()
     return body
+
+
+def killed_table() -> str:
+    """What was killed when, and what was lost, as scripts/killed.py saw it."""
+    body = json.loads((ROOT / "docs" / "killed.json").read_text(encoding="utf-8"))
+    head = ["what happened", "when", "what is lost", "seen: steps lost", "exit code", "the adapter afterwards"]
+    return (
+        "\n".join([line(head), "|---|---|---|---:|---:|---|", *(line(killed_row(row)) for row in body["rows"])]) + "\n"
+    )
+
+
+def killed_row(row: dict[str, Any]) -> list[str]:
+    """One case; a process that a signal ended has no exit code of its own."""
+    code = str(row["code"]) if row["code"] >= 0 else "the signal's"
+    end = "that of a run left alone, bit for bit" if row["same"] else "**another one**"
+    return [row["what"], row["when"], row["rule"], f"{row['lost']} (of {row['reached']})", code, end]
 
 
 def line(cells: list[str]) -> str:
@@ -145,12 +163,19 @@ def readme() -> str:
     return KEPT.sub(lambda found: found[1] + table + found[2], with_fits(ROOT / "README.md"))
 
 
+def with_killed(page: Path) -> str:
+    """A page with its table of what was killed renewed."""
+    text = page.read_text(encoding="utf-8")
+    return KILLED_MARKS.sub(lambda found: found[1] + killed_table() + found[2], text)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "docs/benchmarks.md": lambda: benchmark_page.page(benchmark_page.load()),
     "docs/transfer.md": transfer.page,
     "docs/transfer.svg": lambda: transfer.kept_picture(transfer.Records(transfer.MODEL, transfer.TASK)),
     "docs/ratio.svg": lambda: transfer.sweep_picture(transfer.Records(transfer.MODEL, transfer.TASK)),
     "docs/quality.md": quality_page,
+    "docs/train.md": lambda: with_killed(ROOT / "docs" / "train.md"),
     "docs/plan.md": lambda: with_fits(ROOT / "docs" / "plan.md"),
     "README.md": readme,
 }

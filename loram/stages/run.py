@@ -113,7 +113,7 @@ def next_of(steps: list[Step], adapter: Path) -> str:
     """The push that was only shown; else a merge."""
     shown = [step.options for step in steps if isinstance(step.options, PushOptions) and step.options.dry_run]
     if shown:
-        return command_line("push", replace(shown[0], dry_run=False))
+        return command_line("push", replace(shown[0], dry_run=False, seed=0))
     return f"loram merge {adapter} -o MERGED" if adapter.is_dir() else ""
 
 
