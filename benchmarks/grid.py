@@ -120,6 +120,12 @@ METHODS = {
         Method("sequential", "refit + sequential refit of all Linears", WANDA, align=SEQUENTIAL),
         Method("block", "refit + steps layer by layer", WANDA, align=BLOCK),
         Method("taylor", "refit on half task text, cut by Taylor", {**WANDA, "score": "taylor"}),
+        Method(
+            "taylor-calibrated",
+            "cut by Taylor, recover --calibrate",
+            {**WANDA, "score": "taylor"},
+            recover=SCALES,
+        ),
         Method("whole-layers", "refit, LoRA in the whole layers alone", WANDA, train={"layers": ("0-3", "28-29")}),
         Method("semi", "2:4 masks (SparseGPT), all layers", {"method": "semi", **SPARSE}),
         Method("unstructured", "50 % unstructured masks (SparseGPT), all layers", {"method": "unstructured", **SPARSE}),
@@ -136,7 +142,7 @@ METHODS = {
     )
 }
 MASKS = ("semi", "unstructured", "semi-distill", "unstructured-distill")
-BEST = ("refit-nf4", "refit-calibrated")
+BEST = ("refit-nf4", "refit-calibrated", "taylor-calibrated")
 LEVERS = (
     "distill",
     "refit-256",
@@ -243,7 +249,7 @@ def main_grid(model: str, task: str) -> Iterator[Cell]:
             for name in ("random", "refit", "distill", "structured", "refit-general", "depth", "refit-calibrated"):
                 yield Cell(model, task, name, "0.5", keep, lr=rate)
     for seed in SEEDS[1:]:
-        for name in ("random", "refit", "refit-calibrated"):
+        for name in ("random", "refit", "taylor", "taylor-calibrated"):
             for keep in MODELS[model].keep:
                 yield from (Cell(model, task, name, "0.5", keep, seed, rate) for rate in USUAL)
 

@@ -32,6 +32,7 @@ def rows(model: str) -> list[Row]:
         found += [(name, "0.5", keep) for name in ("random", "structured", "refit-general", "refit", "depth")]
         found += [(name, "0.5", keep) for name in LEVERS if keep == FIRST]
         found += [("distill", "0.5", keep)] if keep != FIRST else []
+    found += [("taylor-calibrated", "0.5", FIRST)]
     found += [("refit-calibrated", "0.5", keep) for keep in MODELS[model].keep]
     found += [("semi", "0.5", None), ("unstructured", "0.5", None)]
     return (
@@ -161,7 +162,8 @@ SHORT: tuple[tuple[str, Row], ...] = (
     ("4 bit, nothing cut (`quantize`)", ("nf4", "", None)),
     ("4 bit, and 0.3 cut", ("refit-nf4", "0.3", FIRST)),
     ("16 bit, 0.5 cut, as `run` does it: refit on half task text", ("refit", "0.5", FIRST)),
-    ("the same, refit on general text", ("refit-general", "0.5", FIRST)),
+    ("the same, `--score taylor`", ("taylor", "0.5", FIRST)),
+    ("16 bit, 0.5 cut, refit on general text", ("refit-general", "0.5", FIRST)),
     ("16 bit, 0.5 cut at random", ("random", "0.5", FIRST)),
 )
 

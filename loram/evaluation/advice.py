@@ -1,7 +1,7 @@
 """What to change where an adapter helps the large model less than it could: by how its small model was made.
 
 The order is that of what was measured (loram/measured.py, docs/transfer.md): the text that the cut was repaired on
-first, which costs nothing, then bits instead of cuts, then steps and their rate, and distillation last.
+first, which costs nothing, then bits instead of cuts, the score, steps and their rate, and distillation last.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ class Making:
     method: str | None = None
     ratio: Fraction | None = None
     task_text: bool | None = None
+    score: str | None = None
     steps: int | None = None
 
 
 def advise(made: Making) -> tuple[str, ...]:
     """Sentences for a person, the strongest lever first; each names what to type."""
     more = "train more steps" if made.steps is None else f"train more than {made.steps} steps"
-    found = [repair(made), bits(made), f"{more}, or at a higher rate (`loram train --lr`)"]
+    found = [repair(made), bits(made), scored(made), f"{more}, or at a higher rate (`loram train --lr`)"]
     if not {"aligned", "nf4", "int8"} & {*made.compression}:
         found.append("distill from the large model before training (`loram align`)")
     elif "aligned" not in made.compression and cut(made):
@@ -50,6 +51,13 @@ def repair(made: Making) -> str:
     if made.compression[:1] == ("axes",) and not {"refit", "aligned"} & {*made.compression}:
         return "let prune refit what it has cut (`--refit`)"
     return ""
+
+
+def scored(made: Making) -> str:
+    """What heads and channels are chosen by: gradients on the task's text beat norms of inputs."""
+    if made.method != "structured" or made.score in (None, "taylor") or not made.task_text:
+        return ""
+    return "choose what is cut by gradients (`loram prune --score taylor`)"
 
 
 def bits(made: Making) -> str:

@@ -30,6 +30,7 @@ def making_of(folders: Iterable[Path | None]) -> Making:
                 made,
                 method=options.get("method"),
                 ratio=parse_ratio(str(options["ratio"])) if "ratio" in options else None,
+                score=options.get("score"),
                 task_text=any(not is_general(source) for source in calibration),
             )
     return made

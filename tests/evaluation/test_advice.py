@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from fractions import Fraction
 
 from loram.evaluation.advice import Making, advise
 from loram.options import SECTIONS, flag
 
-GENERAL = Making(("axes", "refit"), "structured", Fraction(1, 2), False, 40)
+GENERAL = Making(("axes", "refit"), "structured", Fraction(1, 2), False, "wanda", 40)
 
 
 def names(advice: tuple[str, ...]) -> list[str]:
@@ -24,9 +25,9 @@ def test_general_text_comes_first() -> None:
 
 
 def test_what_was_done_is_not_advised() -> None:
-    best = Making(("axes", "refit", "aligned", "nf4"), "structured", Fraction(3, 10), True, 400)
+    best = Making(("axes", "refit", "aligned", "nf4"), "structured", Fraction(3, 10), True, "taylor", 400)
     assert advise(best) == ("train more than 400 steps, or at a higher rate (`loram train --lr`)",)
-    deeper = Making(("axes", "refit", "aligned", "nf4"), "structured", Fraction(13, 20), True, None)
+    deeper = Making(("axes", "refit", "aligned", "nf4"), "structured", Fraction(13, 20), True, "taylor")
     assert advise(deeper) == (
         "cut less than 0.65 (`--ratio`)",
         "train more steps, or at a higher rate (`loram train --lr`)",
@@ -34,19 +35,31 @@ def test_what_was_done_is_not_advised() -> None:
 
 
 def test_a_random_cut_and_one_that_was_not_refitted() -> None:
-    assert "--method structured" in advise(Making(("axes",), "random", Fraction(1, 2), False, 8))[0]
-    assert "--refit" in advise(Making(("axes",), "structured", Fraction(1, 2), True, 8))[0]
+    assert "--method structured" in advise(Making(("axes",), "random", Fraction(1, 2), False, None, 8))[0]
+    assert "--refit" in advise(Making(("axes",), "structured", Fraction(1, 2), True, "wanda", 8))[0]
 
 
 def test_bits_alone_leave_only_steps() -> None:
     assert advise(Making(("nf4",), steps=10)) == ("train more than 10 steps, or at a higher rate (`loram train --lr`)",)
-    unaligned = advise(Making(("axes", "refit", "nf4"), "structured", Fraction(1, 2), True, 10))
+    unaligned = advise(Making(("axes", "refit", "nf4"), "structured", Fraction(1, 2), True, "wanda", 10))
     assert "distill from the large model before quantizing (`loram align`)" in unaligned
+
+
+def test_the_score_is_advised_once_the_text_is_right() -> None:
+    wanda = Making(("axes", "refit", "nf4"), "structured", Fraction(3, 10), True, "wanda", 10)
+    assert advise(wanda)[0] == "choose what is cut by gradients (`loram prune --score taylor`)"
+    for other in ({"score": "taylor"}, {"task_text": False}, {"method": "depth"}, {"score": None}):
+        assert not any("--score" in sentence for sentence in advise(replace(wanda, **other)))  # type: ignore[arg-type]
 
 
 def test_every_flag_and_command_exists() -> None:
     flags = {flag(name) for kind in SECTIONS.values() for name in kind.__dataclass_fields__}
-    for made in (GENERAL, Making(("axes",), "random"), Making(("mask",)), Making(("axes",), "structured", None, True)):
+    for made in (
+        GENERAL,
+        Making(("axes",), "random"),
+        Making(("mask",)),
+        Making(("axes",), "structured", None, True, "wanda"),
+    ):
         for sentence in advise(made):
             assert set(re.findall(r"--([a-z-]+)", sentence)) <= flags
             assert set(re.findall(r"`loram (\w+)", sentence)) <= set(SECTIONS)
