@@ -163,6 +163,7 @@ SHORT: tuple[tuple[str, Row], ...] = (
     ("4 bit, and 0.3 cut", ("refit-nf4", "0.3", FIRST)),
     ("16 bit, 0.5 cut, as `run` does it: refit on half task text", ("refit", "0.5", FIRST)),
     ("the same, `--score taylor`", ("taylor", "0.5", FIRST)),
+    ("and scales chosen on the large model (`recover --calibrate`)", ("taylor-calibrated", "0.5", FIRST)),
     ("16 bit, 0.5 cut, refit on general text", ("refit-general", "0.5", FIRST)),
     ("16 bit, 0.5 cut at random", ("random", "0.5", FIRST)),
 )

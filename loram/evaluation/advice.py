@@ -1,7 +1,7 @@
 """What to change where an adapter helps the large model less than it could: by how its small model was made.
 
 The order is that of what was measured (loram/measured.py, docs/transfer.md): the text that the cut was repaired on
-first, which costs nothing, then bits instead of cuts, the score, steps and their rate, and distillation last.
+first, which costs nothing, then bits instead of cuts, the score, scales, steps and their rate, and distillation last.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ class Making:
     task_text: bool | None = None
     score: str | None = None
     steps: int | None = None
+    scaled: bool = False
 
 
 def advise(made: Making) -> tuple[str, ...]:
     """Sentences for a person, the strongest lever first; each names what to type."""
     more = "train more steps" if made.steps is None else f"train more than {made.steps} steps"
-    found = [repair(made), bits(made), scored(made), f"{more}, or at a higher rate (`loram train --lr`)"]
+    scales = (
+        "choose scales on the large model (`loram recover --calibrate FILE`)" if cut(made) and not made.scaled else ""
+    )
+    found = [repair(made), bits(made), scored(made), scales, f"{more}, or at a higher rate (`loram train --lr`)"]
     if not {"aligned", "nf4", "int8"} & {*made.compression}:
         found.append("distill from the large model before training (`loram align`)")
     elif "aligned" not in made.compression and cut(made):

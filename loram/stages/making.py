@@ -22,6 +22,8 @@ def making_of(folders: Iterable[Path | None]) -> Making:
         options = manifest.options
         if len(manifest.compression) > len(made.compression):
             made = replace(made, compression=manifest.compression)
+        if manifest.stage == "recover":
+            made = replace(made, scaled=bool(options.get("calibrate")))
         if manifest.stage == "train":
             made = replace(made, steps=options.get("steps"))
         if manifest.stage == "prune":

@@ -20,14 +20,14 @@ def names(advice: tuple[str, ...]) -> list[str]:
 def test_general_text_comes_first() -> None:
     advice = advise(GENERAL)
     assert advice[0].startswith("calibrate on the text that you train on (`loram prune --calibration FILE")
-    assert names(advice) == ["prune", "--ratio", "--quantize", "train", "align"]
-    assert advice[2].startswith("train more than 40 steps")
+    assert names(advice) == ["prune", "--ratio", "--quantize", "recover", "train", "align"]
+    assert advice[3].startswith("train more than 40 steps")
 
 
 def test_what_was_done_is_not_advised() -> None:
-    best = Making(("axes", "refit", "aligned", "nf4"), "structured", Fraction(3, 10), True, "taylor", 400)
+    best = Making(("axes", "refit", "aligned", "nf4"), "structured", Fraction(3, 10), True, "taylor", 400, True)
     assert advise(best) == ("train more than 400 steps, or at a higher rate (`loram train --lr`)",)
-    deeper = Making(("axes", "refit", "aligned", "nf4"), "structured", Fraction(13, 20), True, "taylor")
+    deeper = Making(("axes", "refit", "aligned", "nf4"), "structured", Fraction(13, 20), True, "taylor", None, True)
     assert advise(deeper) == (
         "cut less than 0.65 (`--ratio`)",
         "train more steps, or at a higher rate (`loram train --lr`)",
