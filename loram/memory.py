@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import resource
 import shutil
@@ -13,6 +14,7 @@ from loram.errors import OptionError, ResourceError
 
 STATUS = Path("/proc/self/status")
 UNLIMITED = 2**60
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -109,3 +111,15 @@ def restart_peak() -> None:
     """Make `peak_bytes` count from now on, where the kernel can (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def return_large_blocks() -> None:
+    """Have the C library give memory of 8 MiB and more back as soon as it is freed (glibc; elsewhere nothing changes).
+
+    By itself it soon keeps blocks of up to 32 MiB in its heap, where the holes between what lives longer add up: to a
+    gigabyte after forty layers, seen where the address space is limited.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, 8 * 2**20)
+        library.mallopt(M_TRIM_THRESHOLD, 64 * 2**20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import subprocess
 import sys
@@ -66,3 +67,24 @@ def test_sizes_that_are_none(text: str) -> None:
 
 def test_sizes_as_they_are_said() -> None:
     assert (format_bytes(1), format_bytes(3 * GIB // 2)) == ("1 B", "1.5 GiB")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's heap that is told")
+def test_large_blocks_do_not_stay_in_the_heap() -> None:
+    script = """
+import re, torch
+from pathlib import Path
+from loram.memory import return_large_blocks
+
+def heap():
+    found = re.search(r"^([0-9a-f]+)-([0-9a-f]+) .*\\[heap\\]$", Path("/proc/self/maps").read_text(), re.M)
+    return int(found[2], 16) - int(found[1], 16)
+
+return_large_blocks()
+torch.empty(30 * 2**20, dtype=torch.uint8)  # freed, it would raise the bound to its own size
+before = heap()
+blocks = [torch.empty(12 * 2**20, dtype=torch.uint8) for _ in range(10)]
+print(heap() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 12 * 2**20

@@ -19,6 +19,7 @@ from loram.data.collate import IGNORED
 from loram.device import native_bf16, pick_device
 from loram.errors import MismatchError
 from loram.families import Family, family_of
+from loram.memory import return_large_blocks
 from loram.modeling import empty_model
 from loram.training.cross_entropy import position_losses
 
@@ -148,6 +149,7 @@ class BlockRunner:
     model: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        return_large_blocks()
         self.family = family_of(self.checkpoint.config)
         self.device = pick_device() if self.device is None else torch.device(self.device)
         if self.dtype is None:
