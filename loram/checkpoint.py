@@ -68,7 +68,7 @@ class Checkpoint(StoredModel):
         return torch.from_numpy(self.raw(name, start, stop)).view(entry.dtype).reshape(stop - start, *entry.shape[1:])
 
     def tiles(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """A tensor in pieces of about 1 MiB: (first row, rows)."""
+        """A tensor in pieces of about 2 MiB: (first row, rows)."""
         entry = self.entry(name)
         if not entry.shape:
             yield 0, self.read(name)

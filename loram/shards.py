@@ -5,13 +5,17 @@ Hashing is most of the work where nothing is computed, so a second thread does i
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import os
 import struct
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from errno import ENOSPC
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +29,11 @@ if TYPE_CHECKING:
 CODE_OF = {f"torch.{name}": code for code, (name, _) in CODES.items()}
 INLINE = 64 * 1024
 """Fewer bytes than this are hashed at once: handing them to the other thread takes longer."""
+
+PIECE = 256 * 1024
+"""Bytes of a write: the system looks for memory in one block for each, and finds larger blocks more slowly."""
+RESERVED = 2**20
+"""Room is reserved for files of at least so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,12 @@ class ShardWriter:
         self._digest = hashlib.sha256()
         self._hasher: ThreadPoolExecutor | None = None
         self._hashing: deque[Future[None]] = deque()
-        self._put(memoryview(header))
+        try:
+            reserve(self._file.fileno(), file_length(header))
+            self._put(memoryview(header))
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -112,7 +126,7 @@ class ShardWriter:
             self._hashing.append(self._hasher.submit(self._digest.update, data))
         done = 0
         while done < len(data):
-            done += self._file.write(data[done:])
+            done += self._file.write(data[done : done + PIECE])
 
     def _settle(self, left: int) -> None:
         while len(self._hashing) > left:
@@ -135,6 +149,26 @@ def bytes_of(rows: Tensor | NDArray[Any]) -> NDArray[Any]:
 
     found: NDArray[Any] = rows.contiguous().reshape(-1).view(torch.uint8).numpy()
     return found
+
+
+def file_length(header: bytes) -> int:
+    """Bytes of the whole file that a header, with the eight bytes of its length before it, belongs to."""
+    tensors = (value for key, value in json.loads(header[8:] or b"{}").items() if key != "__metadata__")
+    return len(header) + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Room for a file of a known length, where the system can give it at once; OSError where the disk has too little.
+
+    On ext4 and XFS, writing into reserved blocks takes a fraction of the CPU time that growing the file does. What
+    glibc offers instead of the system call writes into every block where the file system cannot: it is not used.
+    """
+    if size < RESERVED or sys.platform != "linux":
+        return
+    call = ctypes.CDLL(None, use_errno=True).fallocate
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if call(descriptor, 0, 0, size) and ctypes.get_errno() == ENOSPC:
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # both are imported where they are used: `loram --help` and `
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 AROUND = 2 * 2**20  # the system maps pages around the one that was touched; no page is larger than this
-CHUNK = 2**20
+CHUNK = 2 * 2**20
 IN_FLIGHT = 2
 """So many pieces that were written last may still be hashed in another thread (see loram.shards)."""
 
@@ -242,7 +242,7 @@ def around(first: int, last: int, alive: Sequence[tuple[int, int]]) -> tuple[int
 
 
 def tile_bounds(rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """Row ranges of about 1 MiB that start at multiples of 128; a short rest joins the tile before it."""
+    """Row ranges of about 2 MiB that start at multiples of 128; a short rest joins the tile before it."""
     height = max(ROWS, CHUNK // max(row_bytes, 1) // ROWS * ROWS)
     starts = list(range(0, rows, height))
     if len(starts) > 1 and rows - starts[-1] < ROWS:

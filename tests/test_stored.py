@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -15,7 +16,7 @@ import numpy
 import pytest
 
 from loram import stored
-from loram.shards import ShardWriter, TensorPlan, plan_header
+from loram.shards import ShardWriter, TensorPlan, file_length, plan_header, reserve
 from loram.stored import IN_FLIGHT, StoredModel, around, tile_bounds
 
 MIB = 2**20
@@ -48,7 +49,33 @@ def test_a_file_that_passes_through_unchanged_stays_out_of_memory(folder: Path, 
             for start, stop in tile_bounds(SHAPE[0], model.entry(name).row_bytes):
                 writer.write(model.numbers(name, start, stop))
                 peak = max(peak, resident(folder / "model.safetensors"))
-    assert MIB <= peak <= (IN_FLIGHT + 5) * MIB  # the pieces in flight, and what the system maps around them
+    assert MIB <= peak <= (2 * IN_FLIGHT + 7) * MIB  # the pieces in flight, and what the system maps around them
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="room is reserved on Linux alone")
+def test_room_for_a_file_is_taken_before_the_first_tensor(tmp_path: Path) -> None:
+    plans = [TensorPlan(name, "BF16", SHAPE) for name in ("a", "b")]
+    header = plan_header(plans)
+    with ShardWriter(tmp_path / "model.safetensors", header):
+        found = (tmp_path / "model.safetensors").stat()
+    assert found.st_size == file_length(header) == len(header) + sum(plan.nbytes for plan in plans)
+    assert 512 * found.st_blocks >= found.st_size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="room is reserved on Linux alone")
+def test_a_file_without_room_for_it_is_closed_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int, __: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("loram.shards.reserve", full)
+    with pytest.raises(OSError, match="No space"):
+        ShardWriter(tmp_path / "model.safetensors", plan_header([TensorPlan("a", "BF16", SHAPE)]))
+
+
+def test_what_cannot_be_reserved_is_written_all_the_same(tmp_path: Path) -> None:
+    with open(tmp_path / "x", "wb") as writable:
+        reserve(writable.fileno(), 2**62)  # larger than any file of the system: refused, for another reason than room
+    assert (tmp_path / "x").stat().st_size == 0
 
 
 def test_what_is_read_now_and_what_may_still_be_hashed_keeps_what_was_written_into_it(folder: Path) -> None:

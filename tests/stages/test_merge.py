@@ -78,8 +78,14 @@ def test_bits_are_pefts_and_the_rest_is_untouched(name: str, dtype: str, sharded
     assert (tmp_path / "merged" / "config.json").read_bytes() == (base / "config.json").read_bytes()
 
 
-def test_many_tiles_give_the_same_bits_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """320 channels and 1024 words: tiles of 128 rows, and a rest that joins the one before it."""
+@pytest.mark.parametrize("exact", [True, False])
+def test_many_tiles_give_the_same_bits_as_one(exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """320 channels and 1024 words: tiles of 128 rows, and a rest that joins the one before it.
+
+    Both ways of adding are taken: in one step with the product, and after it, as on a BLAS that rounds otherwise.
+    """
+    if not exact:
+        monkeypatch.setattr("loram.merging.sums_exactly", lambda *_: False)
     base = shutil.copytree(FIXTURE, tmp_path / "base")
     adapter = write_adapter(base, tmp_path / "adapter", ["q_proj", "o_proj", "up_proj", "down_proj"], 5, r=8)
     monkeypatch.setattr("loram.stored.CHUNK", 1)
