@@ -1,7 +1,7 @@
 """Gradients of decoder Linears with one block in memory; `backward_pass` goes through the model with them.
 
 Going back from the end, each block is computed again from its input, this time with gradients. So every weight is read
-twice, and what is in memory is one block, its gradients and the activations of a few windows.
+twice, and what is in memory is one block, its gradients in fp32 and the activations of a few windows.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def backward(block: Block, slope: Hidden, keep: bool, inputs: Inputs | None = No
     """
     names = [weight.name for weight in block.runner.family.linears] if keep else []
     linears: dict[str, Any] = {name: block.module.get_submodule(name) for name in names}
+    found: dict[str, Tensor] = {}
     for linear in linears.values():
         linear.weight.requires_grad_(True)
     with torch.enable_grad(), listening(block.module, inputs or {}):
@@ -45,10 +46,16 @@ def backward(block: Block, slope: Hidden, keep: bool, inputs: Inputs | None = No
             block(x).backward(slope.read(part).to(x.device))  # type: ignore[no-untyped-call]
             assert x.grad is not None
             slope.write(part, x.grad)
-    found: dict[str, Tensor] = {name: linear.weight.grad for name, linear in linears.items()}
-    for linear in linears.values():
-        linear.weight.grad = None  # the caller says when they go
+            gather(linears, found)
     for name, gradient in found.items():
         if not all_finite(gradient):
             raise MismatchError(f"layer {block.number}: the gradient of {name} is NaN or Inf; the weights are damaged")
     return found
+
+
+def gather(linears: dict[str, Any], found: dict[str, Tensor]) -> None:
+    """Add the gradients of some windows up, in fp32: bf16 would lose what is small beside the sum so far."""
+    for name, linear in linears.items():
+        gradient: Tensor = linear.weight.grad
+        linear.weight.grad = None
+        found[name] = found[name].add_(gradient) if name in found else gradient.float()

@@ -100,8 +100,8 @@ def backward_pass(
 ) -> Iterator[tuple[int, Path]]:
     """The blocks of `layers` from the last to the first, with ∂L/∂W of their Linears.
 
-    L is the sum over the windows (N, T) of a window's mean next-token loss. Gradients are (out, in), in the runner's
-    dtype: fp32 wherever small ones matter. Every weight is read twice. The inputs of all blocks are kept on disk, as
+    L is the sum over the windows (N, T) of a window's mean next-token loss. Gradients are (out, in), computed in the
+    runner's dtype and added up in fp32. Every weight is read twice. The inputs of all blocks are kept on disk, as
     they are needed again on the way back. `ahead` is called after each block of the way there. Raises MismatchError
     where a gradient is not finite.
     """

@@ -125,11 +125,11 @@ class Pruning:
         """See `needs_of`."""
         return needs_of(self.options)
 
-    def runner(self, spill: Path, dtype: torch.dtype | None = None) -> BlockRunner:
+    def runner(self, spill: Path) -> BlockRunner:
         """The large model, one block in memory; hidden states that outgrow --hidden-memory are in `spill`."""
         from loram.blockwise import BlockRunner
 
-        return BlockRunner(self.checkpoint, dtype=dtype, hidden_memory=self.options.hidden_bytes, spill=spill)
+        return BlockRunner(self.checkpoint, hidden_memory=self.options.hidden_bytes, spill=spill)
 
     @property
     def map(self) -> PruningMap:
@@ -148,7 +148,7 @@ class Pruning:
 def choose(work: Pruning, spill: Path, progress: Progress) -> None:
     """Fill `work.axes` layer by layer; refitted weights are left in the steps."""
     if work.passes:
-        with work.runner(spill, torch.float32 if work.score_needs == "gradients" else None) as runner:
+        with work.runner(spill) as runner:
             for folder in layer_steps(work, runner, progress):
                 work.axes.update(read_map(folder).axes)
         return
@@ -239,7 +239,7 @@ def weigh(work: Pruning, block: Block, back: Backward, folder: Path) -> None:
     tiles = block_tiles(work, block)
 
     def gradient(weight: Weight, start: int, stop: int) -> Tensor:
-        return gradients[weight.name][start:stop].float()
+        return gradients[weight.name][start:stop]
 
     axes = axes_of(work, block.number, tiles, gradient)
     gradients.clear()

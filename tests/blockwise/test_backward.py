@@ -78,6 +78,16 @@ def test_gradients_are_those_of_the_whole_model(name: str, stock: Callable[[str]
     agree(found_gradients(stock(name), windows), expected)
 
 
+def test_gradients_computed_in_bf16_are_added_up_in_fp32(stock: Callable[[str], Path]) -> None:
+    """Twelve parts of two windows: a sum kept in bf16 would lose bits at each."""
+    folder, windows = stock("llama-gqa"), tokens(8, rows=24)
+    parts = [found_gradients(folder, part, dtype=torch.bfloat16) for part in windows.split(2)]
+    expected = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
+    found = found_gradients(folder, windows, dtype=torch.bfloat16)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    agree(found, expected)
+
+
 def test_soft_capped_logits(tmp_path: Path) -> None:
     model = make("gemma3_text-gqa")
     model.config.final_logit_softcapping = CAPPED["final_logit_softcapping"]
