@@ -60,8 +60,6 @@ class Console:
         logger.setLevel(logging.DEBUG if self.verbose else logging.WARNING if self.quiet else logging.INFO)
         if not self.verbose:
             logging.captureWarnings(True)  # to a logger that nobody hears: libraries warn about each other
-            # peft imports bitsandbytes wherever it is installed, and that regrets a kernel which nobody asked for.
-            logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
         display = self.display()
         try:
             with redirect_stdout(sys.stderr):

@@ -13,10 +13,15 @@ Each returns a small dataclass that prints well. Importing loram is cheap: torch
 
 from __future__ import annotations
 
+import logging
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loram.version import __version__
+
+# peft imports bitsandbytes wherever it is installed, and on CPUs with AVX512-BF16 that asks for a package whose kernel
+# only runs on the packed weights that loram never lets it make (quantization/loading.py).
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 if TYPE_CHECKING:
     import inspect

@@ -304,9 +304,9 @@ def relative_location(target: str | Path, start: str | Path) -> str:
 
 
 def find_location(location: str, start: str | Path) -> Path | None:
-    """The folder that a location hint in `start` points to, if it is there."""
-    place = Path(start) / location
-    return place if location and place.is_dir() else None
+    """The folder that a location hint in `start` points to, if it is there; without the ".." on the way."""
+    place = Path(start).resolve() / location  # the hint was made from resolved paths
+    return place.resolve() if location and place.is_dir() else None
 
 
 def sha256_file(path: str | Path) -> str:

@@ -43,6 +43,19 @@ def test_importing_is_cheap() -> None:
     assert json.loads(done.stdout) == []
 
 
+def test_a_kernel_that_nobody_asked_for_is_not_asked_for() -> None:
+    """bitsandbytes does so when it is imported on some CPUs; here is what it says, word for word, and another word."""
+    code = (
+        "import logging, loram\n"
+        "said = logging.getLogger('bitsandbytes.backends.cpu.ops').warning\n"
+        "said('Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please', 'No module')\n"
+        "said('something else')\n"
+        "import loram.stages.train"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "something else\n"
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_signatures_show_the_options(name: str) -> None:
     function = getattr(loram, name)

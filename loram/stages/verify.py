@@ -242,4 +242,5 @@ def look_identity(options: VerifyOptions, manifest: Manifest | None, adapter: Ad
     gap = identity_gap(str(large), small, (narrow, wide), tokens, masked=masked)
     if not gap <= TOLERANCE:
         raise OptionError(f"logits differ by {gap:.1e} relative, more than {TOLERANCE:.0e}: the recovery is wrong")
-    return f"logits agree to {gap:.1e} relative" + (", the update masked on both sides" if masked else "")
+    exact = "exactly" if gap == 0 else f"to {gap:.1e} relative"
+    return f"logits agree {exact}" + (", the update masked on both sides" if masked else "")
