@@ -105,6 +105,7 @@ BLOCK: Options = {"method": "block", **WINDOWS, "samples": 64, "steps": 48, "bat
 SCALES: Options = {"calibrate": (SPARE,), "max_length": 112, "evaluations": 30}
 SPARSE: Options = {"score": "sparsegpt", "calibration": HALF}
 WANDA: Options = {"calibration": HALF}
+PLAIN: Options = {"unmasked_update": True}
 METHODS = {
     method.name: method
     for method in (
@@ -129,6 +130,13 @@ METHODS = {
         Method("whole-layers", "refit, LoRA in the whole layers alone", WANDA, train={"layers": ("0-3", "28-29")}),
         Method("semi", "2:4 masks (SparseGPT), all layers", {"method": "semi", **SPARSE}),
         Method("unstructured", "50 % unstructured masks (SparseGPT), all layers", {"method": "unstructured", **SPARSE}),
+        Method("semi-plain", "2:4 masks (SparseGPT), plain updates", {"method": "semi", **SPARSE}, train=PLAIN),
+        Method(
+            "unstructured-plain",
+            "50 % unstructured masks (SparseGPT), plain updates",
+            {"method": "unstructured", **SPARSE},
+            train=PLAIN,
+        ),
         Method("depth", "whole layers dropped", {"method": "depth", **WANDA}),
         Method("random-distill", "random cut + distillation", {"method": "random"}, align=DISTILL),
         Method("semi-distill", "2:4 masks + distillation", {"method": "semi", **SPARSE}, align=DISTILL),
@@ -141,6 +149,7 @@ METHODS = {
         Method("refit-calibrated", "refit, recover --calibrate", WANDA, recover=SCALES),
     )
 }
+SPARSIFIED = ("semi", "unstructured", "semi-plain", "unstructured-plain")
 MASKS = ("semi", "unstructured", "semi-distill", "unstructured-distill")
 BEST = ("refit-nf4", "refit-calibrated", "taylor-calibrated")
 LEVERS = (
@@ -242,11 +251,11 @@ def main_grid(model: str, task: str) -> Iterator[Cell]:
         for name in ("random", "structured", "refit-general", *LEVERS):
             yield Cell(model, task, name, "0.5", first, lr=rate)
         yield from (Cell(model, task, name, lr=rate) for name in ("nf4", "int8"))
-        yield from (Cell(model, task, name, "0.5", lr=rate) for name in ("semi", "unstructured"))
+        yield from (Cell(model, task, name, "0.5", lr=rate) for name in SPARSIFIED)
         yield from (Cell(model, task, name, "0.5", first, lr=rate) for name in ("depth", *BEST))
         yield from (Cell(model, task, name, "0.3", first, lr=rate) for name in BEST)
         for keep in further:
-            for name in ("random", "refit", "distill", "structured", "refit-general", "depth", "refit-calibrated"):
+            for name in ("random", "refit", "distill", "structured", "refit-general", "depth", *BEST[1:], "taylor"):
                 yield Cell(model, task, name, "0.5", keep, lr=rate)
     for seed in SEEDS[1:]:
         for name in ("random", "refit", "taylor", "taylor-calibrated"):
