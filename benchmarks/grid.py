@@ -104,27 +104,28 @@ SEQUENTIAL: Options = {"method": "refit", **WINDOWS, "samples": 64, "refit_all":
 BLOCK: Options = {"method": "block", **WINDOWS, "samples": 64, "steps": 48, "batch": 4}
 SCALES: Options = {"calibrate": (SPARE,), "max_length": 112, "evaluations": 30}
 SPARSE: Options = {"score": "sparsegpt", "calibration": HALF}
-WANDA: Options = {"calibration": HALF}
+WANDA: Options = {"calibration": HALF, "score": "wanda"}
+TAYLOR: Options = {"calibration": HALF, "score": "taylor"}
 PLAIN: Options = {"unmasked_update": True}
 METHODS = {
     method.name: method
     for method in (
         Method("random", "random cut", {"method": "random"}),
         Method("structured", "cut by Wanda, no repair", {**WANDA, "refit": False}),
-        Method("refit-general", "refit on general text", {"calibration": GENERAL}),
-        Method("refit", "refit on half task text", WANDA),
-        Method("refit-task", "refit on task text alone", {"calibration": (TRAIN,)}),
+        Method("refit-general", "refit on general text", {**WANDA, "calibration": GENERAL}),
+        Method("refit", "cut by Wanda, refit on half task text", WANDA),
+        Method("refit-task", "refit on task text alone", {**WANDA, "calibration": (TRAIN,)}),
         Method("refit-256", "refit on half task text, 256 windows", {**WANDA, "samples": 256}),
         Method("distill", "refit + distillation on half task text", WANDA, align=DISTILL),
         Method("distill-task", "refit + distillation on task text alone", WANDA, align=DISTILL | TASK_TEXT),
         Method("distill-norms", "refit + distillation of the norms alone", WANDA, align=DISTILL | NORMS),
         Method("sequential", "refit + sequential refit of all Linears", WANDA, align=SEQUENTIAL),
         Method("block", "refit + steps layer by layer", WANDA, align=BLOCK),
-        Method("taylor", "refit on half task text, cut by Taylor", {**WANDA, "score": "taylor"}),
+        Method("taylor", "cut by Taylor, refit on half task text", TAYLOR),
         Method(
             "taylor-calibrated",
             "cut by Taylor, recover --calibrate",
-            {**WANDA, "score": "taylor"},
+            TAYLOR,
             recover=SCALES,
         ),
         Method("whole-layers", "refit, LoRA in the whole layers alone", WANDA, train={"layers": ("0-3", "28-29")}),
@@ -137,7 +138,7 @@ METHODS = {
             {"method": "unstructured", **SPARSE},
             train=PLAIN,
         ),
-        Method("depth", "whole layers dropped", {"method": "depth", **WANDA}),
+        Method("depth", "whole layers dropped", {"method": "depth", "calibration": HALF}),
         Method("random-distill", "random cut + distillation", {"method": "random"}, align=DISTILL),
         Method("semi-distill", "2:4 masks + distillation", {"method": "semi", **SPARSE}, align=DISTILL),
         Method(

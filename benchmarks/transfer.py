@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.cells import RESULTS
 from benchmarks.findings import findings
-from benchmarks.grid import LEVERS, METHODS, MODELS, RATES, TASKS, Cell
+from benchmarks.grid import LEVERS, METHODS, MODELS, RATES, SPARSIFIED, TASKS, Cell
 from benchmarks.kept_gain import Outcome, Records, spelled
 from benchmarks.pictures import Bar, Line, bars, lines
 
@@ -31,10 +31,9 @@ def rows(model: str) -> list[Row]:
     for keep in MODELS[model].keep:
         found += [(name, "0.5", keep) for name in ("random", "structured", "refit-general", "refit", "depth")]
         found += [(name, "0.5", keep) for name in LEVERS if keep == FIRST]
-        found += [("distill", "0.5", keep)] if keep != FIRST else []
-    found += [("taylor-calibrated", "0.5", FIRST)]
-    found += [("refit-calibrated", "0.5", keep) for keep in MODELS[model].keep]
-    found += [("semi", "0.5", None), ("unstructured", "0.5", None)]
+        found += [(name, "0.5", keep) for name in ("distill", "taylor") if keep != FIRST]
+    found += [(name, "0.5", keep) for keep in MODELS[model].keep for name in ("taylor-calibrated", "refit-calibrated")]
+    found += [(name, "0.5", None) for name in SPARSIFIED]
     return (
         found + [("refit-nf4", ratio, FIRST) for ratio in RATIOS[:3]] + [("refit", ratio, FIRST) for ratio in ("0.3",)]
     )
@@ -161,10 +160,10 @@ def sweep_picture(records: Records) -> str:
 SHORT: tuple[tuple[str, Row], ...] = (
     ("4 bit, nothing cut (`quantize`)", ("nf4", "", None)),
     ("4 bit, and 0.3 cut", ("refit-nf4", "0.3", FIRST)),
-    ("16 bit, 0.5 cut, as `run` does it: refit on half task text", ("refit", "0.5", FIRST)),
-    ("the same, `--score taylor`", ("taylor", "0.5", FIRST)),
-    ("and scales chosen on the large model (`recover --calibrate`)", ("taylor-calibrated", "0.5", FIRST)),
-    ("16 bit, 0.5 cut, refit on general text", ("refit-general", "0.5", FIRST)),
+    ("16 bit, 0.5 cut, as `run` does it: by gradients, refit on half task text", ("taylor", "0.5", FIRST)),
+    ("the same, and scales chosen on the large model (`recover --calibrate`)", ("taylor-calibrated", "0.5", FIRST)),
+    ("without those, cut by Wanda (`--score wanda`)", ("refit", "0.5", FIRST)),
+    ("the same, refit on general text alone", ("refit-general", "0.5", FIRST)),
     ("16 bit, 0.5 cut at random", ("random", "0.5", FIRST)),
 )
 

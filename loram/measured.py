@@ -22,12 +22,11 @@ def because(ratio: str | None, quantize: str) -> str:
         return "nothing is cut or rounded, so nothing of the gain is lost"
     bits = (
         f"4 bit without a cut kept {KEPT['nf4']:.0%} of what LoRA on the large model gains, a cut in 16 bit "
-        f"{KEPT['refit']:.0%} ({SETTING})"
+        f"{KEPT['taylor']:.0%} ({SETTING})"
     )
     if ratio is None:
         return f"bits before cuts: {bits}"
     return (
-        f"{bits}, so bits first and the mildest cut that fits; calibrate it half on your own text "
-        f"({KEPT['refit-general']:.0%} on general text alone) and choose what is cut by `--score taylor` "
-        f"({KEPT['taylor']:.0%})"
+        f"{bits}, so bits first and the mildest cut that fits; calibrate it half on your own text (by Wanda that kept "
+        f"{KEPT['refit']:.0%}, and {KEPT['refit-general']:.0%} on general text alone)"
     )

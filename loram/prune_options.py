@@ -10,7 +10,7 @@ from loram.memory import parse_bytes
 from loram.option_fields import DTYPES, StageOptions, WritingOptions, argument, flag, option, require
 
 METHODS = ("structured", "random", "semi", "unstructured", "given", "depth")
-UNIT_SCORES = ("wanda", "magnitude", "taylor", "flap")
+UNIT_SCORES = ("taylor", "wanda", "magnitude", "flap")
 """Importances of whole heads and channels, for --method structured."""
 WEIGHT_SCORES = ("wanda", "magnitude", "sparsegpt")
 """Importances of single weights, for --method semi and unstructured."""

@@ -26,8 +26,7 @@ def test_the_order_of_the_advice_is_that_of_the_figures() -> None:
 
 def test_every_sentence_stands_on_figures() -> None:
     assert "%" not in because(None, "none")
-    assert re.findall(r"(\d+)%", because(None, "nf4")) == [f"{100 * KEPT[name]:.0f}" for name in ("nf4", "refit")]
+    assert re.findall(r"(\d+)%", because(None, "nf4")) == [f"{100 * KEPT[name]:.0f}" for name in ("nf4", "taylor")]
     cut = because("0.65", "nf4")
     assert "bits first" in cut
     assert "calibrate" in cut
-    assert "--score taylor" in cut

@@ -95,7 +95,7 @@ def table_row(page: str, start: str) -> list[str]:
 
 def test_the_page_says_what_was_run_and_what_was_not(folder: Path) -> None:
     page = transfer.page(folder)
-    refit = table_row(page, "| refit on half task text | 4/2")
+    refit = table_row(page, "| cut by Wanda, refit on half task text | 4/2")
     assert refit[3:7] == ["**50%**", "0%", "1", f"{RATES[0]:g} ({RATES[1]:g})"]  # the better of the two
     assert refit[7:] == ["1.40", "1.40", "1.0"]
     quantized = table_row(page, "| refit on half task text, NF4 | 4/2")
@@ -109,7 +109,8 @@ def test_the_page_says_what_was_run_and_what_was_not(folder: Path) -> None:
     assert "4 bit without a cut keeps not run, with 0.3 cut besides not run" in page
     assert "the adapter from the small one goes from 50% to 10%" in page
     assert (
-        "**The aim** of 90% at ratio 0.5 in 16 bit is missed by 40.0 points: refit on half task text, one seed." in page
+        "**The aim** of 90% at ratio 0.5 in 16 bit is missed by 40.0 points: cut by Wanda, refit on half task text, "
+        "one seed." in page
     )
 
 

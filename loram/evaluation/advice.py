@@ -1,7 +1,8 @@
 """What to change where an adapter helps the large model less than it could: by how its small model was made.
 
 The order is that of what was measured (loram/measured.py, docs/transfer.md): the text that the cut was repaired on
-first, which costs nothing, then bits instead of cuts, the score, scales, steps and their rate, and distillation last.
+first, which costs nothing, then plain updates in place of masked ones, bits instead of cuts, the score, scales, steps
+and their rate, and distillation last.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class Making:
     score: str | None = None
     steps: int | None = None
     scaled: bool = False
+    masked: bool = False
+    """Whether what was trained was an update under the mask of the pruned weights."""
 
 
 def advise(made: Making) -> tuple[str, ...]:
@@ -31,7 +34,8 @@ def advise(made: Making) -> tuple[str, ...]:
     scales = (
         "choose scales on the large model (`loram recover --calibrate FILE`)" if cut(made) and not made.scaled else ""
     )
-    found = [repair(made), bits(made), scored(made), scales, f"{more}, or at a higher rate (`loram train --lr`)"]
+    plain = "train a plain update on the pruned weights (`loram train --unmasked-update`)" if made.masked else ""
+    found = [repair(made), plain, bits(made), scored(made), scales, f"{more}, or at a higher rate (`loram train --lr`)"]
     if not {"aligned", "nf4", "int8"} & {*made.compression}:
         found.append("distill from the large model before training (`loram align`)")
     elif "aligned" not in made.compression and cut(made):

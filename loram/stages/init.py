@@ -89,7 +89,7 @@ def recipe_text(options: InitOptions, result: PlanResult, whole: tuple[int, int]
     run: dict[str, Any] = {"model": options.model, "data": list(options.data), "eval_data": list(options.eval_data)}
     cut = {
         "method": "structured",
-        "score": "wanda",
+        "score": "taylor",
         "ratio": ratio,
         "keep_first": whole[0],
         "keep_last": whole[1],

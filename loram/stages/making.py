@@ -25,7 +25,8 @@ def making_of(folders: Iterable[Path | None]) -> Making:
         if manifest.stage == "recover":
             made = replace(made, scaled=bool(options.get("calibrate")))
         if manifest.stage == "train":
-            made = replace(made, steps=options.get("steps"))
+            masked = "mask" in manifest.compression and not options.get("unmasked_update")
+            made = replace(made, steps=options.get("steps"), masked=masked)
         if manifest.stage == "prune":
             calibration = options.get("calibration") or ()
             made = replace(

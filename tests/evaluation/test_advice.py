@@ -45,6 +45,12 @@ def test_bits_alone_leave_only_steps() -> None:
     assert "distill from the large model before quantizing (`loram align`)" in unaligned
 
 
+def test_a_plain_update_is_advised_after_a_masked_one() -> None:
+    masked = Making(("mask",), "semi", None, True, "sparsegpt", 10, masked=True)
+    assert "--unmasked-update" in advise(masked)[0]
+    assert "--unmasked-update" not in " ".join(advise(Making(("mask",), "semi", None, True, "sparsegpt", 10)))
+
+
 def test_the_score_is_advised_once_the_text_is_right() -> None:
     wanda = Making(("axes", "refit", "nf4"), "structured", Fraction(3, 10), True, "wanda", 10)
     assert advise(wanda)[0] == "choose what is cut by gradients (`loram prune --score taylor`)"
