@@ -60,7 +60,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 def test_two_processes_are_as_good_as_one_and_one_writes(work: Path, tmp_path: Path) -> None:
     for count in (1, 2):
         process = train(work, tmp_path / str(count), count, "--steps", str(STEPS))
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
         assert json.loads(out)["steps"] == STEPS  # one object: only one process speaks
     one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
@@ -86,7 +86,7 @@ def test_two_processes_stop_together_and_go_on(work: Path, tmp_path: Path) -> No
     steps = len(file.read_text().splitlines())
     assert (tmp_path / "out.partial" / "checkpoints" / f"checkpoint-{steps}" / "checksums.json").is_file()
     process = train(work, tmp_path / "out", 2, "--steps", "300")
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert f"going on at step {steps}" in err
     assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(1, 301))
