@@ -14,6 +14,7 @@ from loram.errors import MismatchError
 from loram.pruning.damping import DAMPING, damped_factor
 
 ROUNDS = 64
+STRENGTHS = tuple(DAMPING * 10**power for power in range(5))
 
 
 class Residual:
@@ -46,6 +47,35 @@ class Residual:
             raise MismatchError(f"the input of {what} is NaN or Inf; the model's weights are damaged")
         moment.diagonal().add_(damping * scale)
         return masked_solve(moment, self.cross, mask.to(moment.device))
+
+
+class CheckedResidual:
+    """A residual of some tokens, and one of others that says how much of the repair to believe.
+
+    With few tokens the least squares fit their noise, and the layers behind add up what is wrong. So λ grows tenfold
+    from DAMPING as long as that lowers the error on the other tokens; where no λ of STRENGTHS does, W stays.
+    """
+
+    def __init__(self) -> None:
+        self.fitted, self.checked = Residual(), Residual()
+
+    def update(self, mask: Tensor | None = None, what: str = "a weight") -> Tensor:
+        """What W changes by, (out, in) fp64; with no other tokens, what λ = DAMPING gives."""
+        best = self.fitted.update(mask, what=what)
+        if not self.checked.moment.numel():
+            return best
+        gain = self.gain(best)
+        for strength in STRENGTHS[1:]:
+            found = self.fitted.update(mask, strength, what)
+            more = self.gain(found)
+            if more <= gain:
+                break
+            best, gain = found, more
+        return best if gain > 0 else torch.zeros_like(best)
+
+    def gain(self, update: Tensor) -> float:
+        """How much smaller ‖R‖² gets on the other tokens: 2⟨D, R·Xᵀ⟩ − ⟨D·X·Xᵀ, D⟩."""
+        return float(2 * (update * self.checked.cross).sum() - (update @ self.checked.moment * update).sum())
 
 
 def masked_solve(moment: Tensor, cross: Tensor, mask: Tensor, rounds: int = ROUNDS) -> Tensor:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from loram.blockwise import Block, BlockRunner, Hidden
-from loram.pruning.residual import Residual
+from loram.pruning.residual import CheckedResidual
 from loram.pruning_map import PruningMap
+
+CHECKED = 4
 
 
 @dataclass
@@ -114,14 +116,24 @@ def hearing(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple
             handle.remove()
 
 
+def kept_aside(count: int) -> Tensor:
+    """Which of `count` windows are not fitted but say how much of a repair to believe, bool: every CHECKED-th.
+
+    Of fewer the last one; none where there is but one.
+    """
+    return (torch.arange(count) % CHECKED == min(CHECKED, count) - 1) & (count > 1)
+
+
 @torch.no_grad()
-def residuals(pair: Pair, names: Sequence[str]) -> dict[str, Residual]:
+def residuals(pair: Pair, names: Sequence[str]) -> dict[str, CheckedResidual]:
     """What the outputs of some Linears of the layer lack, with their inputs, over all windows.
 
     q, k, v, gate and up lack what the large model's same rows give on its own stream. o and down lack the difference
     of the streams after they are added, where the family adds them as they are: then they also mend what came before.
+    The same windows are kept aside in all layers: their stream is then what other text would see, not what was fitted.
     """
-    found = {name: Residual() for name in names}
+    aside = kept_aside(len(pair.small_in))
+    found = {name: CheckedResidual() for name in names}
     outputs = [weight.name for weight in pair.pruning_map.family.outputs]
     adds = pair.pruning_map.family.adds_outputs
     with (
@@ -146,5 +158,7 @@ def residuals(pair: Pair, names: Sequence[str]) -> dict[str, Residual]:
                     kept = pair.pruning_map.kept(pair.module(name), 0)
                     wanted = above[name][1]
                     missing = (wanted if kept is None else wanted[..., kept.to(device)]) - y
-                found[name].add(x.reshape(-1, x.shape[-1]), missing.reshape(-1, missing.shape[-1]))
+                for use, rows in ((found[name].fitted, ~aside[part]), (found[name].checked, aside[part])):
+                    if bool(rows.any()):
+                        use.add(x[rows].flatten(0, -2), missing[rows].flatten(0, -2))
     return found
