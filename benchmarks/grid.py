@@ -147,6 +147,7 @@ METHODS = {
         Method("nf4", "NF4, nothing cut", None, quantize={}),
         Method("int8", "int8, nothing cut", None, quantize={"type": "int8"}),
         Method("refit-nf4", "refit on half task text, NF4", WANDA, quantize={}),
+        Method("taylor-nf4", "cut by Taylor, refit on half task text, NF4", TAYLOR, quantize={}),
         Method("refit-calibrated", "refit, recover --calibrate", WANDA, recover=SCALES),
     )
 }
@@ -255,6 +256,7 @@ def main_grid(model: str, task: str) -> Iterator[Cell]:
         yield from (Cell(model, task, name, "0.5", lr=rate) for name in SPARSIFIED)
         yield from (Cell(model, task, name, "0.5", first, lr=rate) for name in ("depth", *BEST))
         yield from (Cell(model, task, name, "0.3", first, lr=rate) for name in BEST)
+        yield from (Cell(model, task, "taylor-nf4", ratio, first, lr=rate) for ratio in ("0.3", "0.5", "0.7"))
         for keep in further:
             for name in ("random", "refit", "distill", "structured", "refit-general", "depth", *BEST[1:], "taylor"):
                 yield Cell(model, task, name, "0.5", keep, lr=rate)
@@ -280,5 +282,6 @@ def others() -> Iterator[Cell]:
     for model, task in (("gemma-3-270m", "gsm8k"), ("qwen2.5-coder-0.5b", "gsm8k"), ("smollm2-135m", "arc-easy")):
         yield Cell(model, task, "base")
         yield from (Cell(model, task, "ceiling", lr=rate) for rate in RATES)
-        yield from (Cell(model, task, name, "0.5", (4, 2)) for name in ("random", "refit", "distill"))
+        for rate in USUAL:
+            yield from (Cell(model, task, name, "0.5", (4, 2), lr=rate) for name in ("random", "taylor", "distill"))
         yield Cell(model, task, "nf4")

@@ -35,7 +35,9 @@ def rows(model: str) -> list[Row]:
     found += [(name, "0.5", keep) for keep in MODELS[model].keep for name in ("taylor-calibrated", "refit-calibrated")]
     found += [(name, "0.5", None) for name in SPARSIFIED]
     return (
-        found + [("refit-nf4", ratio, FIRST) for ratio in RATIOS[:3]] + [("refit", ratio, FIRST) for ratio in ("0.3",)]
+        found
+        + [(name, ratio, FIRST) for name in ("taylor-nf4", "refit-nf4") for ratio in RATIOS[:3]]
+        + [("refit", ratio, FIRST) for ratio in ("0.3",)]
     )
 
 
@@ -268,12 +270,15 @@ def setting(records: Records) -> str:
 
 def others(folder: Path) -> Iterator[str]:
     """The same on other models and data."""
-    yield "| model and data | base | ceiling | random cut | refit | + distillation | NF4, nothing cut |"
+    yield (
+        "| model and data | base | ceiling | random cut | cut by Taylor, refit | Wanda, refit, distillation | "
+        "NF4, nothing cut |"
+    )
     yield "|---|---:|---:|---:|---:|---:|---:|"
     for model, task in (("gemma-3-270m", TASK), ("qwen2.5-coder-0.5b", TASK), (MODEL, "arc-easy")):
         found = Records(model, task, folder)
         ends = [NOT_RUN if rows_ is None else f"{rows_.loss():.3f}" for rows_ in (found.base, found.ceiling)]
-        cells = [found.outcome(name, "0.5", FIRST) for name in ("random", "refit", "distill")]
+        cells = [found.outcome(name, "0.5", FIRST) for name in ("random", "taylor", "distill")]
         kept = [NOT_RUN if each is None else spelled(each.kept) for each in (*cells, found.outcome("nf4"))]
         yield "| " + " | ".join([f"{MODELS[model].id}, {TASKS[task].about}", *ends, *kept]) + " |"
 
