@@ -3,6 +3,7 @@
     docs/benchmarks.md              from benchmarks/results.json  (python -m benchmarks)
     docs/transfer.md, its pictures  from benchmarks/quality/*.json (python -m benchmarks.quality)
     the table in docs/train.md      from docs/killed.json         (scripts/killed.py)
+    the table in docs/prune.md      from docs/killed-pruning.json (scripts/killed_pruning.py)
     docs/quality.md                 from docs/ladders/*.json      (scripts/record_ladder.py)
     the table in README, plan.md    from docs/configs/*.json, by the planner itself
     the other table in README       from benchmarks/quality/*.json
@@ -104,6 +105,21 @@ def killed_row(row: dict[str, Any]) -> list[str]:
     return [row["what"], row["when"], row["rule"], f"{row['lost']} (of {row['reached']})", code, end]
 
 
+def killed_pruning_table() -> str:
+    """What was killed in which block, and what was done again, as scripts/killed_pruning.py saw it."""
+    body = json.loads((ROOT / "docs" / "killed-pruning.json").read_text(encoding="utf-8"))
+    head = ["calibration", "blocks done at the SIGKILL", "done again", "the small model afterwards"]
+    return (
+        "\n".join([line(head), "|---|---:|---:|---|", *(line(killed_pruning_row(row)) for row in body["rows"])]) + "\n"
+    )
+
+
+def killed_pruning_row(row: dict[str, Any]) -> list[str]:
+    """A calibration that was killed and went on."""
+    end = "that of a run left alone, bit for bit" if row["same"] else "**another one**"
+    return [row["what"], f"{row['reached']} of {row['blocks']}", str(row["again"]), end]
+
+
 def line(cells: list[str]) -> str:
     """A row of a table."""
     return "| " + " | ".join(cells) + " |"
@@ -163,10 +179,10 @@ def readme() -> str:
     return KEPT.sub(lambda found: found[1] + table + found[2], with_fits(ROOT / "README.md"))
 
 
-def with_killed(page: Path) -> str:
+def with_killed(page: Path, table: Callable[[], str]) -> str:
     """A page with its table of what was killed renewed."""
     text = page.read_text(encoding="utf-8")
-    return KILLED_MARKS.sub(lambda found: found[1] + killed_table() + found[2], text)
+    return KILLED_MARKS.sub(lambda found: found[1] + table() + found[2], text)
 
 
 PAGES: dict[str, Callable[[], str]] = {
@@ -175,7 +191,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/transfer.svg": lambda: transfer.kept_picture(transfer.Records(transfer.MODEL, transfer.TASK)),
     "docs/ratio.svg": lambda: transfer.sweep_picture(transfer.Records(transfer.MODEL, transfer.TASK)),
     "docs/quality.md": quality_page,
-    "docs/train.md": lambda: with_killed(ROOT / "docs" / "train.md"),
+    "docs/train.md": lambda: with_killed(ROOT / "docs" / "train.md", killed_table),
+    "docs/prune.md": lambda: with_killed(ROOT / "docs" / "prune.md", killed_pruning_table),
     "docs/plan.md": lambda: with_fits(ROOT / "docs" / "plan.md"),
     "README.md": readme,
 }

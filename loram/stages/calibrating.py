@@ -44,10 +44,10 @@ def open_steps(options: PruneOptions, now: dict[str, Any], stop: StopRequest) ->
             f"{place} holds a calibration of {done} layers that is not this one: {'; '.join(other)}; "
             "give what it was started with to go on, or --resume never to start anew"
         )
-    if done:
-        logger.info("going on behind %d layers that are done (%s)", done, place)
+    if not other and (found := saved(place)):
+        logger.info("going on behind %s (%s)", found, place)
     keep_only_steps(place.parent)
-    return Steps(place, now, lambda: stopped(options, stop, layers_done(place)))
+    return Steps(place, now, lambda: stopped(options, stop, saved(place)))
 
 
 def differing(place: Path, now: dict[str, Any]) -> list[str]:
@@ -64,6 +64,14 @@ def differing(place: Path, now: dict[str, Any]) -> list[str]:
 def layers_done(place: Path) -> int:
     """How many blocks are done and sealed."""
     return len([*place.glob(f"block-*/{SEAL}")])
+
+
+def saved(place: Path) -> str:
+    """In words, which layers are sealed: those that are done, or else those Taylor went through on the way there."""
+    if done := layers_done(place):
+        return f"{done} layers that are done"
+    passed = [int(seal.parent.name.removeprefix("input-")) for seal in place.glob(f"input-*/{SEAL}")]
+    return f"{max(passed)} layers of the way there" if passed else ""
 
 
 def earlier_result(options: PruneOptions) -> Manifest | None:

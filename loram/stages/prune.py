@@ -32,7 +32,7 @@ from loram.quantization.storage import bitsandbytes_functions
 from loram.quantization.writing import stored_bytes, write_stored
 from loram.sealing import discard, set_aside
 from loram.sizes import parameters
-from loram.stages.calibrating import earlier_result, identity_of, is_same_work, layers_done, open_steps, recorded
+from loram.stages.calibrating import earlier_result, identity_of, is_same_work, open_steps, recorded, saved
 from loram.stages.carried import MODEL_FILES, copy_files
 from loram.stages.choosing import Pruning, choose, cut_of, needs_of
 from loram.stages.given import open_given
@@ -90,7 +90,7 @@ def make(work: Pruning, inputs: list[str | Path], progress: Progress) -> None:
     ):
         if work.passes:
             work.steps = open_steps(options, now, stop)
-        write(work, draft, base, Stoppable(progress, lambda: stopped(options, stop, layers_of(work))))
+        write(work, draft, base, Stoppable(progress, lambda: stopped(options, stop, saved_of(work))))
         assert draft.manifest is not None
         draft.manifest = replace(draft.manifest, training=recorded(now))
         set_aside(draft.path, out)
@@ -144,9 +144,9 @@ def outcome(work: Pruning) -> PruneResult:
     )
 
 
-def layers_of(work: Pruning) -> int:
-    """How many layers are done and saved."""
-    return 0 if work.steps is None else layers_done(work.steps.place)
+def saved_of(work: Pruning) -> str:
+    """In words, which layers are saved."""
+    return "" if work.steps is None else saved(work.steps.place)
 
 
 def needed_bytes(work: Pruning) -> int:

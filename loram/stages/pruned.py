@@ -65,9 +65,9 @@ def depth_words(count: int, left: int, kept: tuple[int, ...] | None, influences:
     )
 
 
-def stopped(options: PruneOptions, stop: StopRequest, layers: int = 0) -> Interrupted | None:
-    """Once somebody has asked to stop: the error that says how to go on, with the `layers` that are saved."""
+def stopped(options: PruneOptions, stop: StopRequest, saved: str = "") -> Interrupted | None:
+    """Once somebody has asked to stop: the error that says how to go on, and what is saved."""
     if not stop:
         return None
-    where = f"with {layers} layers done, which are saved" if layers else "before anything was done that could be saved"
+    where = f"behind {saved}, which are saved" if saved else "before anything was done that could be saved"
     return Interrupted(f"stopped by {stop.name} {where}", command_line("prune", options))

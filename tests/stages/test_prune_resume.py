@@ -180,7 +180,7 @@ def test_blocks_that_are_done_are_not_done_again(
     monkeypatch.setattr(resuming, "SHARE", 10**9)  # after the first time, only a signal saves hidden states
     with monkeypatch.context() as patch:
         patch.setattr(sparsify, "prune_block", signalling(sparsify.prune_block, number))
-        with pytest.raises(Interrupted, match="with 3 layers done, which are saved"):
+        with pytest.raises(Interrupted, match="behind 3 layers that are done, which are saved"):
             prune(options(tmp_path / "out", "sparsegpt"))
     assert written == ["block-0000", "input-0001", "block-0001", "block-0002", "input-0003"]
     written.clear()
@@ -188,6 +188,14 @@ def test_blocks_that_are_done_are_not_done_again(
         prune(options(tmp_path / "out", "sparsegpt"))
     assert written == ["block-0003"]
     assert "going on behind 3 layers that are done" in caplog.text
+
+
+def test_what_is_saved_on_taylors_way_there_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(Interrupted, match="behind 3 layers of the way there, which are saved"):
+        prune(options(tmp_path / "out", "taylor"), Stop("score", 3))
+    with caplog.at_level("INFO"):
+        prune(options(tmp_path / "out", "taylor"))
+    assert "going on behind 3 layers of the way there" in caplog.text
 
 
 def test_another_calibration_is_refused_and_never_starts_anew(undisturbed: Any, tmp_path: Path) -> None:
@@ -252,7 +260,9 @@ def test_run_goes_on_in_the_middle_of_prune(undisturbed: Any, tmp_path: Path) ->
         "prune: {method: semi, score: sparsegpt, samples: 4, length: 32, calibration: [], hidden_memory: 0}"
     )
     chosen = RunOptions(recipe=str(recipe), model=str(FIXTURE), out=str(tmp_path / "run"))
-    with pytest.raises(Interrupted, match=r"prune stopped by SIGTERM with 2 layers done.*; go on with `loram run "):
+    with pytest.raises(
+        Interrupted, match=r"prune stopped by SIGTERM behind 2 layers that are done.*; go on with `loram run "
+    ):
         run(chosen, Stop("sparsegpt", 2))
     run(chosen)
     found, expected = contents(tmp_path / "run" / "prune"), undisturbed("sparsegpt")
