@@ -19,7 +19,7 @@ from loram.blockwise import Block, BlockRunner, Hidden
 from loram.pruning.residual import CheckedResidual
 from loram.pruning_map import PruningMap
 
-CHECKED = 4
+CHECKED = 8
 
 
 @dataclass
