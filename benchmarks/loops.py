@@ -15,7 +15,7 @@ from benchmarks.reference_sparsegpt import reference_loop
 from benchmarks.sizes import Shape
 from loram.families.sparsity import Sparsity, parse_sparsity
 from loram.pruning.inverse import inverse_factor
-from loram.pruning.sparsegpt import solve
+from loram.pruning.sparsegpt import side_by_side, solve
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linears that read one input: loram solves them side by side, the reference one after the other."""
@@ -69,9 +69,9 @@ def reference_weights(weights: list[Tensor], factor: Tensor, sparsity: Sparsity)
 
 
 def loram_weights(weights: list[Tensor], factor: Tensor, sparsity: Sparsity) -> list[Tensor]:
-    """loram's loop, with the copies that it works on: what went of each weight."""
+    """loram's loop, with the copy that it works on: what went of each weight."""
     sizes = [weight.shape[0] for weight in weights]
-    gone = solve(torch.cat(weights).T.contiguous(), factor.clone(), sizes, sparsity)
+    gone = solve(side_by_side(weights), factor, sizes, sparsity)
     return [mask.T for mask in torch.split(gone, sizes, 1)]
 
 

@@ -7,6 +7,7 @@ Among equal scores the first in their row go.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial, reduce
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from loram.families.sparsity import Sparsity
 
 ROWS = 512
-BUBBLED = 8
+MERGED = 8
 """Up to this group size the limit comes from minima and maxima; beyond it, and among ties, from a selection."""
 
 
@@ -45,7 +46,7 @@ def kth_lowest(scores: Tensor, count: int) -> Tensor:
 def lowest_of_groups(scores: Tensor, count: int, group: int) -> Tensor:
     """Which `count` of every `group` consecutive rows of (n, columns) are lowest, column by column: bool."""
     members = scores.reshape(-1, group, *scores.shape[1:])
-    if group <= BUBBLED:
+    if group <= MERGED:
         lowest = members <= nth_lowest(members.unbind(1), count)[:, None]
         if int(torch.count_nonzero(lowest)) * group == scores.numel() * count:
             return lowest.reshape(scores.shape)
@@ -54,16 +55,52 @@ def lowest_of_groups(scores: Tensor, count: int, group: int) -> Tensor:
     return found.reshape(columns.shape).movedim(-1, 1).reshape(scores.shape)
 
 
+def mark_lowest(scores: Tensor, count: int, marks: Tensor) -> None:
+    """Write 1 into `marks` (group, columns) where one of the `count` lowest scores of a column is, and 0 elsewhere.
+
+    A comparison that gives numbers, and their sum, cost a fraction of what they cost with bools.
+    """
+    group, columns = scores.shape
+    if group <= MERGED:
+        torch.le(scores, nth_lowest(scores.unbind(), count), out=marks)
+        if marks.sum().item() == count * columns:
+            return
+    marks.copy_(lowest_of_groups(scores, count, group))
+
+
 def nth_lowest(members: Sequence[Tensor], count: int) -> Tensor:
-    """The `count`-th lowest of several tensors, element by element: the lowest is bubbled out `count` times."""
-    rest = list(members)
-    for _ in range(count):
-        lowest, *others = rest
-        rest = []
-        for other in others:
-            rest.append(torch.maximum(lowest, other))
-            lowest = torch.minimum(lowest, other)
-    return lowest
+    """The `count`-th lowest of several tensors, element by element."""
+    values = list(members)
+    for lower, one, other in selection(len(values), count):
+        values.append((torch.minimum if lower else torch.maximum)(values[one], values[other]))
+    return values[-1]
+
+
+@cache
+def selection(members: int, count: int) -> list[tuple[bool, int, int]]:
+    """The minima (True) and maxima that lead to the `count`-th lowest: each is of two members or earlier results.
+
+    Ascending runs are merged two by two. What stands at a place of the merged run is the least, over all ways to
+    take so many values from the fronts of both, of the greater of the two values taken last.
+    """
+    steps: list[tuple[bool, int, int]] = []
+
+    def step(lower: bool, one: int, other: int) -> int:
+        steps.append((lower, one, other))
+        return members + len(steps) - 1
+
+    runs = [[member] for member in range(members)]
+    while len(runs) > 1:
+        left, right, *runs = runs
+        total = len(left) + len(right)
+        places = range(min(count, total)) if runs else [count - 1]
+        runs.append([])
+        for place in places:
+            fronts = [(left[:one], right[: place + 1 - one]) for one in range(place + 2)]
+            lasts = [[run[-1] for run in front if run] for front in fronts if sum(map(len, front)) == place + 1]
+            greater = [last[0] if len(last) == 1 else step(False, *last) for last in lasts]
+            runs[-1].append(reduce(partial(step, True), greater))
+    return steps
 
 
 def lowest_elements(scores: Tensor, sparsity: Sparsity) -> Tensor:
