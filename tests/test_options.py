@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loram.errors import OptionError
@@ -146,6 +146,7 @@ def test_yaml_writes_some_floats_as_text() -> None:
     assert from_mapping(TrainOptions, {"model": "m", "lr": "1e-5"}, "test").lr == 1e-5
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # of a busy machine it says nothing
 @given(st.fractions(min_value=0, max_value=1).filter(lambda ratio: 0 < ratio < 1))
 def test_ratios_are_exact(ratio: Any) -> None:
     assert parse_ratio(PruneOptions(model="m", ratio=str(ratio)).ratio) == ratio

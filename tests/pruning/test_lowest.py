@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loram.errors import FamilyError, OptionError
 from loram.families.sparsity import Sparsity, parse_sparsity
-from loram.pruning.lowest import lowest_elements, lowest_of_groups, lowest_per_row
+from loram.pruning.lowest import lowest_elements, lowest_of_groups, lowest_per_row, mark_lowest, nth_lowest
 from loram.pruning.magnitude import MAGNITUDE
 from loram.pruning.threshold import smallest
 from loram.pruning.wanda import WANDA
@@ -39,6 +39,22 @@ def test_groups_are_sorted_one_by_one(keep: int, group: int) -> None:
     found = lowest_of_groups(scores, group - keep, group)
     pieces = scores.T.reshape(-1, group)
     assert torch.equal(found.T.reshape(-1, group), by_sorting(pieces, group - keep))
+
+
+@pytest.mark.parametrize("members", range(1, 9))
+def test_the_nth_lowest_is_that_of_a_sort(members: int) -> None:
+    scores = torch.randint(0, 6, (members, 500), generator=torch.Generator().manual_seed(members)).float()
+    for count in range(1, members + 1):
+        assert torch.equal(nth_lowest(scores.unbind(), count), scores.sort(0).values[count - 1])
+
+
+@pytest.mark.parametrize(("count", "group"), [(2, 4), (4, 8), (2, 5), (7, 12)])
+@pytest.mark.parametrize("values", [3, 1 << 20])  # ties nearly everywhere, and none
+def test_marks_are_numbers_with_exact_counts(count: int, group: int, values: int) -> None:
+    scores = torch.randint(0, values, (group, 40), generator=torch.Generator().manual_seed(group)).float()
+    marks = torch.full_like(scores, float("nan"))
+    mark_lowest(scores, count, marks)
+    assert torch.equal(marks, by_sorting(scores.T, count).T.float())
 
 
 @pytest.mark.parametrize("ratio", ["0.5", "0.55", "1/3", "0.99", "0.01"])
