@@ -241,8 +241,17 @@ class PruningMap:
         found = {}
         for name in sorted(names):
             module = name.rpartition(".")[0]
+            within = self.numbering.to_small(module) or module
+            renamed = inner.masks.get(f"{within}.weight")
+            if (
+                renamed is not None
+                and name not in self.masks
+                and renamed.shape == block.small_shape(module) == block.shape(module)
+            ):
+                found[name] = replace(renamed, name=name)  # its bits may stay on disk
+                continue
             small = torch.ones(block.small_shape(module), dtype=torch.bool)
-            own, below = self.mask(module), inner.small_mask(self.numbering.to_small(module) or module)
+            own, below = self.mask(module), inner.small_mask(within)
             if own is not None:
                 small &= block._gather(module, own)
             if below is not None:

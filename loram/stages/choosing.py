@@ -33,6 +33,7 @@ from loram.pruning_map import Axis, PruningMap, read_map
 from loram.quantization import STORAGES
 from loram.sealing import Steps
 from loram.shards import write_tensors
+from loram.stages.composing import Earlier
 from loram.stages.given import GivenSparse
 from loram.stages.sparsify import linear
 
@@ -69,6 +70,7 @@ class Pruning:
     widths: Widths
     windows: Tensor | None
     given: GivenSparse | None = None
+    earlier: Earlier | None = None
     axes: dict[str, Axis] = field(default_factory=dict)
     masks: dict[str, PackedMask] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
@@ -139,10 +141,11 @@ class Pruning:
     @property
     def compression(self) -> tuple[str, ...]:
         """What is done to the large weights, in order."""
+        before = () if self.earlier is None else self.earlier.compression
         storage = STORAGES.get(self.options.quantize)
         cut = "mask" if self.options.by_weight else "depth" if self.options.method == "depth" else "axes"
         mended = [*(["refit"] if self.refits else []), *(["bias"] if self.compensates else [])]
-        return (cut, *mended, *([] if storage is None else [storage.name]))
+        return (*before, cut, *mended, *([] if storage is None else [storage.name]))
 
 
 def choose(work: Pruning, spill: Path, progress: Progress) -> None:

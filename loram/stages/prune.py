@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loram.artifact import Base, Draft, Manifest, check_output, drafting, read_manifest, scratch, write_json
+from loram.artifact import Base, Draft, Manifest, check_output, drafting, scratch, write_json
 from loram.checkpoint import Checkpoint, describe_base, read_tensors
 from loram.cutting import Refitted, small_bytes, small_sources, stored_config, write_small
 from loram.data.calibration import calibration_windows, is_general
 from loram.declared import check_tensors
-from loram.errors import KindError
 from loram.families import Family, Geometry, family_of
 from loram.families.small import small_config, with_biases
 from loram.families.widths import Widths, describe_uncut, whole_widths
@@ -35,6 +34,7 @@ from loram.sizes import parameters
 from loram.stages.calibrating import earlier_result, identity_of, is_same_work, open_steps, recorded, saved
 from loram.stages.carried import MODEL_FILES, copy_files
 from loram.stages.choosing import Pruning, choose, cut_of, needs_of
+from loram.stages.composing import earlier_of
 from loram.stages.given import open_given
 from loram.stages.pruned import UNCALIBRATED, PruneResult, depth_words, stopped
 from loram.stages.sparsify import Sparsifying, check_widths, from_inputs, from_weights, removed
@@ -51,9 +51,7 @@ def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
     if not options.dry_run:
         check_output(options.out, inputs, force=options.force or earlier_result(options) is not None)
     folder = resolve_model(options.model, options.revision)
-    manifest = read_manifest(folder)
-    if manifest is not None and manifest.kind in ("small-model", "small-adapter", "adapter", "run"):
-        raise KindError(f"{options.model} is a {manifest.kind}; `loram prune` works on the large model")
+    earlier = earlier_of(options.model, folder)
     if options.quantize != "none":
         bitsandbytes_functions()
     with ExitStack() as opened:
@@ -67,7 +65,7 @@ def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
             given = open_given(resolve_model(options.given), checkpoint, family, geometry, progress)
             opened.enter_context(given.checkpoint)
         windows = calibration(options, folder)
-        work = Pruning(options, checkpoint, family, geometry, widths, windows, given)
+        work = Pruning(options, checkpoint, family, geometry, widths, windows, given, earlier)
         if not options.dry_run:
             make(work, [folder, *inputs], progress)
         return outcome(work)
@@ -80,7 +78,8 @@ def make(work: Pruning, inputs: list[str | Path], progress: Progress) -> None:
     now = identity_of(options, work.windows, base) if work.windows is not None and work.passes else {}
     if is_same_work(earlier_result(options), now):
         logger.info("%s is finished already; to prune it anew add --force", out)
-        work.layers = read_map(out).layers
+        work.layers = read_map(out).layers if options.method == "depth" else None
+        work.layers = work.layers if work.earlier is None else work.earlier.own_layers(work.layers)
         return discard(out)
     check_output(out, inputs, force=options.force)
     check_disk(out, needed_bytes(work) - folder_bytes(scratch(out)[0]))
@@ -90,6 +89,8 @@ def make(work: Pruning, inputs: list[str | Path], progress: Progress) -> None:
     ):
         if work.passes:
             work.steps = open_steps(options, now, stop)
+        if work.earlier is not None:
+            base = work.earlier.base_seen_from(out)
         write(work, draft, base, Stoppable(progress, lambda: stopped(options, stop, saved_of(work))))
         assert draft.manifest is not None
         draft.manifest = replace(draft.manifest, training=recorded(now))
@@ -112,7 +113,7 @@ def small_widths(options: PruneOptions, family: Family, geometry: Geometry) -> W
 def outcome(work: Pruning) -> PruneResult:
     """What was done, or would be: counts and notes."""
     options, geometry = work.options, work.geometry
-    large, small = parameters(work.checkpoint.config), parameters(work.shape, work.widths)
+    large, small = parameters(large_config(work)), parameters(work.shape, work.widths)
     cut, notes = "", calibration_notes(options)
     if options.method == "depth":
         cut = depth_words(geometry.layers, len(work.widths.mlp), work.layers, work.influences)
@@ -142,6 +143,12 @@ def outcome(work: Pruning) -> PruneResult:
         path=None if options.dry_run else Path(options.out),
         next_command=f"loram train {options.out} --data FILE -o ADAPTER",
     )
+
+
+def large_config(work: Pruning) -> dict[str, Any]:
+    """The config to count the large model by: of a small model that is pruned again, with the layers that it lost."""
+    config = work.checkpoint.config
+    return config if work.earlier is None else config | {"num_hidden_layers": work.earlier.map.geometry.layers}
 
 
 def saved_of(work: Pruning) -> str:
@@ -220,6 +227,8 @@ def write(work: Pruning, draft: Draft, base: Base, progress: Progress) -> None:
     pruning_map = work.map
     steps = [] if work.steps is None else [folder for folder in work.steps.place.iterdir() if folder.is_dir()]
     config = write_weights(work, pruning_map, spilled([spill, *steps]), draft, progress)
+    if work.earlier is not None:
+        pruning_map = work.earlier.map.compose(pruning_map)
     pruning_map.save(draft.path)
     shutil.rmtree(spill)
     write_json(draft.path / "config.json", config)
@@ -232,6 +241,7 @@ def write(work: Pruning, draft: Draft, base: Base, progress: Progress) -> None:
         compression=work.compression,
         base=base,
         pruning_map_sha256=pruning_map.sha256,
+        parents=() if work.earlier is None else (work.earlier.parent(draft.out),),
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from loram.artifact import Base, Draft, Manifest, check_output, drafting, read_manifest, write_json
 from loram.declared import check_tensors
 from loram.drawing import draw
-from loram.errors import KindError
 from loram.families import family_of
 from loram.families.small import small_config
 from loram.families.widths import Cut, Widths, describe_uncut, parse_ratio
@@ -38,15 +37,13 @@ HANDLED = {
 def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
     """Prune: random units as a stream of bytes, everything else by loram.stages.prune."""
     if not is_plain(options):
-        from loram.stages.prune import prune as with_torch
-
         return with_torch(options, progress)
     if not options.dry_run:
         check_output(options.out, [options.model], force=options.force)
     folder = resolve_model(options.model, options.revision)
     manifest = read_manifest(folder)
-    if manifest is not None and manifest.kind in ("small-model", "small-adapter", "adapter", "run"):
-        raise KindError(f"{options.model} is a {manifest.kind}; `loram prune` works on the large model")
+    if manifest is not None and manifest.kind != "merged-model":
+        return with_torch(options, progress)
     with StoredModel(folder) as model:
         family = family_of(model.config)
         geometry = family.geometry(model.config)
@@ -71,6 +68,13 @@ def prune(options: PruneOptions, progress: Progress = SILENT) -> PruneResult:
                 write(options, model, widths, Writing(draft, base), Stoppable(progress, lambda: stopped(options, stop)))
             discard(Path(options.out))
         return result
+
+
+def with_torch(options: PruneOptions, progress: Progress) -> PruneResult:
+    """Whatever is more than a stream of bytes: maps to compose, too."""
+    from loram.stages.prune import prune as prune_anything
+
+    return prune_anything(options, progress)
 
 
 @dataclasses.dataclass(frozen=True)
