@@ -45,7 +45,7 @@ def identity_gap(
     """
     small_adapter, recovered = adapters
     model = load_model(large, dtype="fp32")
-    model.train(False)
+    untie(model)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     zeroed = {n: pruning_map.twin(_module(n), t) for n, t in state.items()}
     apply_adapter(zeroed, recovered, pruning_map.mask if masked else None)
@@ -73,12 +73,21 @@ def cut_model(
     values = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "dtype")}
     values["loram_widths"] = {"kv_heads": list(widths.kv_heads), "mlp": list(widths.mlp)}
     small: PreTrainedModel = model_class(config_class(**values))
-    small.train(False)
+    untie(small)
     names = {name: new for name in state if (new := numbering.to_small(name)) is not None}
     weights = {new: pruning_map.cut(_module(name), state[name]) for name, new in names.items()}
     apply_adapter(weights, adapter, masks)
     small.load_state_dict(weights)
     return small
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Ready to be read, the head with weights of its own: PEFT's update of an embedding does not reach a tied head."""
+    model.train(False)
+    head: Any = model.get_submodule("lm_head")
+    embedding: Any = model.get_submodule("model.embed_tokens")
+    if head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
 
 
 def apply_adapter(weights: dict[str, Tensor], adapter: Adapter, masks: Masks | None = None) -> None:

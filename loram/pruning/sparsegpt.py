@@ -115,7 +115,7 @@ def solve_groups(part: Tensor, inner: Tensor, scale: Tensor, sparsity: Sparsity,
     scores = part.new_empty(group, part.shape[1])
     start, step = 0, max(INNER // group, 1) * group
     for first, own, own_scale, own_marks in zip(
-        range(0, len(part), group), part.split(group), scale.split(group), marks.split(group), strict=True
+        range(0, len(part), group), *(torch.split(whole, group) for whole in (part, scale, marks)), strict=True
     ):
         last = first + group
         if first and first % step == 0:
