@@ -4,6 +4,8 @@
     docs/transfer.md, its pictures  from benchmarks/quality/*.json (python -m benchmarks.quality)
     the table in docs/train.md      from docs/killed.json         (scripts/killed.py)
     the table in docs/prune.md      from docs/killed-pruning.json (scripts/killed_pruning.py)
+    the tables in docs/align.md     from docs/killed-alignment.json (scripts/killed_alignment.py)
+                                    and docs/alignments.json      (scripts/record_alignments.py)
     docs/quality.md                 from docs/ladders/*.json      (scripts/record_ladder.py)
     the table in README, plan.md    from docs/configs/*.json, by the planner itself
     the other table in README       from benchmarks/quality/*.json
@@ -35,6 +37,7 @@ CUTS: tuple[tuple[str, dict[str, str]], ...] = (
     ("0.85 + 4 bit", {"ratio": "0.85", "quantize": "nf4"}),
 )
 KILLED_MARKS = re.compile(r"(<!-- killed: .*?-->\n).*?(<!-- /killed -->)", re.DOTALL)
+ALIGN_MARKS = re.compile(r"(<!-- (killed|ways|memory): .*?-->\n).*?(<!-- /\2 -->)", re.DOTALL)
 MARKS = re.compile(r"(<!-- fits: .*?-->\n).*?(<!-- /fits -->)", re.DOTALL)
 
 KEPT = re.compile(r"(<!-- kept: .*?-->\n).*?(<!-- /kept -->)", re.DOTALL)
@@ -185,6 +188,70 @@ def with_killed(page: Path, table: Callable[[], str]) -> str:
     return KILLED_MARKS.sub(lambda found: found[1] + table() + found[2], text)
 
 
+def killed_alignment_table() -> str:
+    """Which alignment was killed when, and what was lost, as scripts/killed_alignment.py saw it."""
+    body = json.loads((ROOT / "docs" / "killed-alignment.json").read_text(encoding="utf-8"))
+    head = ["what was killed", "after", "went on from", "seen: lost", "the result"]
+    rows = [
+        [
+            row["what"],
+            f"{row['reached']} of {row['count']} {row['unit']}s",
+            f"{row['unit']} {row['went on from']}",
+            f"{row['lost']} {row['unit']}s" if row["lost"] != 1 else f"1 {row['unit']}",
+            "that of a run left alone, bit for bit" if row["same"] else "**another one**",
+        ]
+        for row in body["rows"]
+    ]
+    return "\n".join([line(head), "|---|---|---|---|---|", *map(line, rows)]) + "\n"
+
+
+def ways_table() -> str:
+    """What every way of aligning made of one small model, as scripts/record_alignments.py saw it."""
+    body = json.loads((ROOT / "docs" / "alignments.json").read_text(encoding="utf-8"))
+    start, texts = body["start"], list(body["start"]["small"])
+    head = ["small model", "options", *(f"loss, {text}" for text in texts), "CPU minutes", "peak memory, GiB"]
+    rows = [["as it was pruned", "", *losses_of(start["small"]), "", ""]]
+    for name, options in body["planned"].items():
+        way = body.get("ways", {}).get(name)
+        found = [*losses_of(way["loss"]), *took(way)] if way else ["not run", *[""] * (len(texts) + 1)]
+        rows.append([name, f"`{options.replace('CACHE', 'FOLDER')}`", *found])
+    rows.append(["(the large model)", "", *losses_of(start["large"]), "", ""])
+    rule = "|---|---|" + "---:|" * (len(texts) + 2)
+    return "\n".join([line(head), rule, *map(line, rows)]) + "\n"
+
+
+def took(way: dict[str, Any]) -> list[str]:
+    """Time and memory, as cells."""
+    return [f"{way['cpu_seconds'] / 60:.1f}", f"{way['peak_bytes'] / GIB:.2f}"]
+
+
+def losses_of(losses: dict[str, float]) -> list[str]:
+    """As cells."""
+    return [f"{loss:.3f}" for loss in losses.values()]
+
+
+def memory_table() -> str:
+    """Peak memory of distillation by where the large model is, as scripts/record_alignments.py saw it."""
+    rows = json.loads((ROOT / "docs" / "alignments.json").read_text(encoding="utf-8"))["memory"]
+    teachers = list(dict.fromkeys(name.rpartition(", ")[0] for name in rows))
+    scopes = list(dict.fromkeys(name.rpartition(", ")[2] for name in rows))
+
+    def cells(teacher: str) -> list[str]:
+        found = [rows.get(f"{teacher}, {scope}") for scope in scopes]
+        return ["not run" if row is None else f"{row['peak_bytes'] / GIB:.2f}" for row in found]
+
+    head = ["large model", *(f"`--scope {scope}`" for scope in scopes)]
+    lines = [line([teacher, *cells(teacher)]) for teacher in teachers]
+    return "\n".join([line(head), "|---|" + "---:|" * len(scopes), *lines]) + "\n"
+
+
+def with_alignments(page: Path) -> str:
+    """A page with its tables of alignments renewed."""
+    tables = {"killed": killed_alignment_table, "ways": ways_table, "memory": memory_table}
+    text = page.read_text(encoding="utf-8")
+    return ALIGN_MARKS.sub(lambda found: found[1] + tables[found[2]]() + found[3], text)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "docs/benchmarks.md": lambda: benchmark_page.page(benchmark_page.load()),
     "docs/transfer.md": transfer.page,
@@ -193,6 +260,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/quality.md": quality_page,
     "docs/train.md": lambda: with_killed(ROOT / "docs" / "train.md", killed_table),
     "docs/prune.md": lambda: with_killed(ROOT / "docs" / "prune.md", killed_pruning_table),
+    "docs/align.md": lambda: with_alignments(ROOT / "docs" / "align.md"),
     "docs/plan.md": lambda: with_fits(ROOT / "docs" / "plan.md"),
     "README.md": readme,
 }
