@@ -2,6 +2,7 @@
 
     docs/benchmarks.md              from benchmarks/results.json  (python -m benchmarks)
     docs/transfer.md, its pictures  from benchmarks/quality/*.json (python -m benchmarks.quality)
+    docs/methods.md                 from docs/methods.json        (scripts/methods.py)
     the table in docs/train.md      from docs/killed.json         (scripts/killed.py)
     the table in docs/prune.md      from docs/killed-pruning.json (scripts/killed_pruning.py)
     the tables in docs/align.md     from docs/killed-alignment.json (scripts/killed_alignment.py)
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,33 @@ model itself with the same options, where that was done.
 
 Record a run of your own with `scripts/record_ladder.py` and render this page with `scripts/render_docs.py`.
 
+"""
+
+
+METHODS = """<!-- Written by scripts/render_docs.py from docs/methods.json; do not edit. -->
+# Methods, through all stages
+
+Every way of [pruning](prune.md), plain and in NF4, from the large model to the merged one: `prune`, `quantize`,
+`train`, `recover`, `verify --numeric`, `merge` and the ladder of `eval`, on {model} and the problems that come
+with the demo. A training of 8 steps of 4 rows shows that each way works; it is no comparison of methods, for which see
+[transfer](transfer.md). Do it again with `scripts/methods.py MODEL SCRATCH`.
+
+## Losses
+
+Held-out loss in nats a token; that of the large model as it was is {base:.4f}. *Gain* is how much less *large +
+recovered* loses, with the standard error over rows. *Merged* is the merged checkpoint, in which the update is rounded
+to bf16. *Identity* is the largest difference that `verify --numeric` found between the logits of the cut large model
+with the small adapter and of the zeroed one with the recovered, relative to the largest.
+
+{losses}
+{masks}
+## Time and memory
+
+CPU seconds, and the process's peak of resident memory in GiB. `prune` and `quantize` are done once for all chains that
+use them. The machine did other work besides.
+
+{taken}
+{date}, commit `{commit}`. {machine}.
 """
 
 
@@ -121,6 +149,54 @@ def killed_pruning_row(row: dict[str, Any]) -> list[str]:
     """A calibration that was killed and went on."""
     end = "that of a run left alone, bit for bit" if row["same"] else "**another one**"
     return [row["what"], f"{row['reached']} of {row['blocks']}", str(row["again"]), end]
+
+
+def methods_page() -> str:
+    """Every way of pruning: its ladder, and what its stages took."""
+    body = json.loads((ROOT / "docs" / "methods.json").read_text(encoding="utf-8"))
+    rows = body.pop("rows")
+    losses = ["pruned", "small", "small + adapter", "large + recovered", "gain", "merged", "identity"]
+    names = max((list(row["stages"]) for row in rows), key=len)
+    costs = [[chain_name(row), *(taken(row["stages"].get(name)) for name in names)] for row in rows]
+    said = [f"- {chain_name(row)}: {row['mask']}\n" for row in rows if row["mask"]]
+    return METHODS.format(
+        **body,
+        base=rows[0]["ladder"]["base"],
+        losses=table(losses, map(losses_row, rows)),
+        masks="".join(["What `verify` says of the masks:\n\n", *said]) if said else "",
+        taken=table(["pruned", *names], costs),
+    )
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """Names at the left, figures at the right."""
+    return "\n".join([line(head), "|---|" + "---:|" * (len(head) - 1), *map(line, rows)]) + "\n"
+
+
+def chain_name(row: dict[str, Any]) -> str:
+    """A way of pruning and storing."""
+    kind = {"structured": "structured, wanda", "semi": "semi 2:4, sparsegpt", "unstructured": "unstructured, wanda"}
+    parts = [kind.get(row["method"], row["method"]), "NF4" * row["nf4"], "`--unmasked-update`" * row["unmasked"]]
+    return ", ".join(part for part in parts if part)
+
+
+def losses_row(row: dict[str, Any]) -> list[str]:
+    """A chain's ladder, and how exact it is."""
+    ladder = row["ladder"]
+    gain = f"{ladder['base'] - ladder['large + recovered']:+.3f} ± {row['gain stderr']:.3f}"
+    rungs = [f"{ladder[name]:.4f}" for name in ("small", "small + adapter", "large + recovered")]
+    return [
+        chain_name(row),
+        *rungs,
+        gain,
+        f"{row['merged']:.4f}",
+        f"{row['identity']:.1e}" if row["identity"] else "exact",
+    ]
+
+
+def taken(stage: dict[str, Any] | None) -> str:
+    """CPU seconds and peak memory of a stage."""
+    return f"{stage['cpu']:.0f} s, {stage['peak'] / GIB:.2f}" if stage else ""
 
 
 def line(cells: list[str]) -> str:
@@ -258,6 +334,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/transfer.svg": lambda: transfer.kept_picture(transfer.Records(transfer.MODEL, transfer.TASK)),
     "docs/ratio.svg": lambda: transfer.sweep_picture(transfer.Records(transfer.MODEL, transfer.TASK)),
     "docs/quality.md": quality_page,
+    "docs/methods.md": methods_page,
     "docs/train.md": lambda: with_killed(ROOT / "docs" / "train.md", killed_table),
     "docs/prune.md": lambda: with_killed(ROOT / "docs" / "prune.md", killed_pruning_table),
     "docs/align.md": lambda: with_alignments(ROOT / "docs" / "align.md"),
