@@ -35,8 +35,8 @@ def findings(records: Records) -> str:
     plain, lower = at("refit", high), at("refit", low)
     items = [
         f"**Bits before cuts.** 4 bit without a cut keeps {best('nf4', '', None)}, with 0.3 cut besides "
-        f"{best('refit-nf4', '0.3')}: both take fewer bytes than a cut of 0.5 in 16 bit. Cut only what 4 bits leave "
-        "too large.",
+        f"{best('taylor-nf4', '0.3')}: both take fewer bytes than a cut of 0.5 in 16 bit. Cut only what 4 bits leave "
+        f"too large: 0.5 in 4 bit keeps {best('taylor-nf4')}.",
         f"**Calibrate on the text you train on.** The refit keeps {best('refit')} on half task text, "
         f"{best('refit-general')} on general text, and the same cut without a refit {at('structured', low)} (at lr "
         f"{low:g}, where the refit keeps {lower}). A random cut keeps {best('random')}.",

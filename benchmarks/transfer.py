@@ -161,7 +161,8 @@ def sweep_picture(records: Records) -> str:
 
 SHORT: tuple[tuple[str, Row], ...] = (
     ("4 bit, nothing cut (`quantize`)", ("nf4", "", None)),
-    ("4 bit, and 0.3 cut", ("refit-nf4", "0.3", FIRST)),
+    ("4 bit, and 0.3 cut", ("taylor-nf4", "0.3", FIRST)),
+    ("4 bit, and 0.5 cut", ("taylor-nf4", "0.5", FIRST)),
     ("16 bit, 0.5 cut, as `run` does it: by gradients, refit on half task text", ("taylor", "0.5", FIRST)),
     ("the same, and scales chosen on the large model (`recover --calibrate`)", ("taylor-calibrated", "0.5", FIRST)),
     ("without those, cut by Wanda (`--score wanda`)", ("refit", "0.5", FIRST)),
