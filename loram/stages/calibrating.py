@@ -63,14 +63,20 @@ def differing(place: Path, now: dict[str, Any]) -> list[str]:
 
 def layers_done(place: Path) -> int:
     """How many blocks are done and sealed."""
-    return len([*place.glob(f"block-*/{SEAL}")])
+    return len(sealed(place, "block-"))
+
+
+def sealed(place: Path, kind: str) -> list[int]:
+    """The numbers of the steps of a kind that are whole: sealed, and no longer on the way to their place."""
+    numbers = (seal.parent.name.removeprefix(kind) for seal in place.glob(f"{kind}*/{SEAL}"))
+    return [int(number) for number in numbers if number.isdigit()]
 
 
 def saved(place: Path) -> str:
     """In words, which layers are sealed: those that are done, or else those Taylor went through on the way there."""
     if done := layers_done(place):
         return f"{done} layers that are done"
-    passed = [int(seal.parent.name.removeprefix("input-")) for seal in place.glob(f"input-*/{SEAL}")]
+    passed = sealed(place, "input-")
     return f"{max(passed)} layers of the way there" if passed else ""
 
 
