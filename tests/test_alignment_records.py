@@ -12,7 +12,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def test_a_killed_alignment_loses_no_more_than_it_had_not_saved() -> None:
     body = json.loads((DOCS / "killed-alignment.json").read_text(encoding="utf-8"))
-    assert {"distill", "lm", "refit", "block"} <= {row["what"] for row in body["rows"]}
+    assert {"distill", "lm", "refit", "block", "teacher cache"} <= {row["what"] for row in body["rows"]}
     for row in body["rows"]:
         assert row["same"], row
         assert 0 <= row["lost"] <= (body["every"] if row["unit"] == "step" else 1), row
