@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def open_steps(options: PruneOptions, now: dict[str, Any], stop: StopRequest) ->
     if not other and (found := saved(place)):
         logger.info("going on behind %s (%s)", found, place)
     keep_only_steps(place.parent)
-    return Steps(place, now, lambda: stopped(options, stop, saved(place)))
+    return Steps(place, now, lambda: stopped(options, stop, partial(saved, place)))
 
 
 def differing(place: Path, now: dict[str, Any]) -> list[str]:

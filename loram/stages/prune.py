@@ -6,6 +6,7 @@ import logging
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def make(work: Pruning, inputs: list[str | Path], progress: Progress) -> None:
             work.steps = open_steps(options, now, stop)
         if work.earlier is not None:
             base = work.earlier.base_seen_from(out)
-        write(work, draft, base, Stoppable(progress, lambda: stopped(options, stop, saved_of(work))))
+        write(work, draft, base, Stoppable(progress, lambda: stopped(options, stop, partial(saved_of, work))))
         assert draft.manifest is not None
         draft.manifest = replace(draft.manifest, training=recorded(now))
         set_aside(draft.path, out)

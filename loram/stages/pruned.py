@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +66,10 @@ def depth_words(count: int, left: int, kept: tuple[int, ...] | None, influences:
     )
 
 
-def stopped(options: PruneOptions, stop: StopRequest, saved: str = "") -> Interrupted | None:
-    """Once somebody has asked to stop: the error that says how to go on, and what is saved."""
+def stopped(options: PruneOptions, stop: StopRequest, saved: Callable[[], str] = str) -> Interrupted | None:
+    """Once somebody has asked to stop: the error that says how to go on, and what is saved, asked only then."""
     if not stop:
         return None
-    where = f"behind {saved}, which are saved" if saved else "before anything was done that could be saved"
+    found = saved()
+    where = f"behind {found}, which are saved" if found else "before anything was done that could be saved"
     return Interrupted(f"stopped by {stop.name} {where}", command_line("prune", options))
