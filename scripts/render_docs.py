@@ -86,7 +86,7 @@ def fits_table() -> str:
     """Predicted peak memory of training, in GiB, for the configs in docs/configs: one planner call per cell."""
     head = ["model", "parameters", "plain LoRA", *(name for name, _ in CUTS)]
     rows = [fits_row(file) for file in sorted((ROOT / "docs" / "configs").glob("*.json"), key=parameters)]
-    return "\n".join([line(head), "|---|---:|" + "---:|" * (len(CUTS) + 1), *map(line, rows)]) + "\n"
+    return table(head, rows)
 
 
 def parameters(config: Path) -> int:
@@ -124,31 +124,30 @@ def killed_table() -> str:
     """What was killed when, and what was lost, as scripts/killed.py saw it."""
     body = json.loads((ROOT / "docs" / "killed.json").read_text(encoding="utf-8"))
     head = ["what happened", "when", "what is lost", "seen: steps lost", "exit code", "the adapter afterwards"]
-    return (
-        "\n".join([line(head), "|---|---|---|---:|---:|---|", *(line(killed_row(row)) for row in body["rows"])]) + "\n"
-    )
+    return table(head, map(killed_row, body["rows"]), "lllrrl")
 
 
 def killed_row(row: dict[str, Any]) -> list[str]:
     """One case; a process that a signal ended has no exit code of its own."""
     code = str(row["code"]) if row["code"] >= 0 else "the signal's"
-    end = "that of a run left alone, bit for bit" if row["same"] else "**another one**"
-    return [row["what"], row["when"], row["rule"], f"{row['lost']} (of {row['reached']})", code, end]
+    return [row["what"], row["when"], row["rule"], f"{row['lost']} (of {row['reached']})", code, afterwards(row)]
+
+
+def afterwards(row: dict[str, Any]) -> str:
+    """What became of work that was killed and went on."""
+    return "that of a run left alone, bit for bit" if row["same"] else "**another one**"
 
 
 def killed_pruning_table() -> str:
     """What was killed in which block, and what was done again, as scripts/killed_pruning.py saw it."""
     body = json.loads((ROOT / "docs" / "killed-pruning.json").read_text(encoding="utf-8"))
     head = ["calibration", "blocks done at the SIGKILL", "done again", "the small model afterwards"]
-    return (
-        "\n".join([line(head), "|---|---:|---:|---|", *(line(killed_pruning_row(row)) for row in body["rows"])]) + "\n"
-    )
+    return table(head, map(killed_pruning_row, body["rows"]), "lrrl")
 
 
 def killed_pruning_row(row: dict[str, Any]) -> list[str]:
     """A calibration that was killed and went on."""
-    end = "that of a run left alone, bit for bit" if row["same"] else "**another one**"
-    return [row["what"], f"{row['reached']} of {row['blocks']}", str(row["again"]), end]
+    return [row["what"], f"{row['reached']} of {row['blocks']}", str(row["again"]), afterwards(row)]
 
 
 def methods_page() -> str:
@@ -168,9 +167,10 @@ def methods_page() -> str:
     )
 
 
-def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """Names at the left, figures at the right."""
-    return "\n".join([line(head), "|---|" + "---:|" * (len(head) - 1), *map(line, rows)]) + "\n"
+def table(head: list[str], rows: Iterable[list[str]], sides: str = "") -> str:
+    """Names at the left, figures at the right; `sides` says it of each column, l or r, where it is otherwise."""
+    rule = "".join("---:|" if side == "r" else "---|" for side in sides or "l" + "r" * (len(head) - 1))
+    return "\n".join([line(head), "|" + rule, *map(line, rows)]) + "\n"
 
 
 def chain_name(row: dict[str, Any]) -> str:
@@ -274,11 +274,11 @@ def killed_alignment_table() -> str:
             f"{row['reached']} of {row['count']} {row['unit']}s",
             f"{row['unit']} {row['went on from']}",
             f"{row['lost']} {row['unit']}s" if row["lost"] != 1 else f"1 {row['unit']}",
-            "that of a run left alone, bit for bit" if row["same"] else "**another one**",
+            afterwards(row),
         ]
         for row in body["rows"]
     ]
-    return "\n".join([line(head), "|---|---|---|---|---|", *map(line, rows)]) + "\n"
+    return table(head, rows, "lllll")
 
 
 def ways_table() -> str:
@@ -292,8 +292,7 @@ def ways_table() -> str:
         found = [*losses_of(way["loss"]), *took(way)] if way else ["not run", *[""] * (len(texts) + 1)]
         rows.append([name, f"`{options.replace('CACHE', 'FOLDER')}`", *found])
     rows.append(["(the large model)", "", *losses_of(start["large"]), "", ""])
-    rule = "|---|---|" + "---:|" * (len(texts) + 2)
-    return "\n".join([line(head), rule, *map(line, rows)]) + "\n"
+    return table(head, rows, "ll" + "r" * (len(texts) + 2))
 
 
 def took(way: dict[str, Any]) -> list[str]:
@@ -317,8 +316,7 @@ def memory_table() -> str:
         return ["not run" if row is None else f"{row['peak_bytes'] / GIB:.2f}" for row in found]
 
     head = ["large model", *(f"`--scope {scope}`" for scope in scopes)]
-    lines = [line([teacher, *cells(teacher)]) for teacher in teachers]
-    return "\n".join([line(head), "|---|" + "---:|" * len(scopes), *lines]) + "\n"
+    return table(head, ([teacher, *cells(teacher)] for teacher in teachers))
 
 
 def with_alignments(page: Path) -> str:
