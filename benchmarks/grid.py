@@ -107,6 +107,9 @@ SPARSE: Options = {"score": "sparsegpt", "calibration": HALF}
 WANDA: Options = {"calibration": HALF, "score": "wanda"}
 TAYLOR: Options = {"calibration": HALF, "score": "taylor"}
 PLAIN: Options = {"unmasked_update": True}
+LM_LORA: Options = {"method": "lm", **WINDOWS, "scope": "lora", "steps": 48, "batch": 4, "save_every": 24}
+WATCHED: Options = {"eval_data": (SPARE,), "eval_every": 8, "recover_eval": 8, "patience": 9, "stop_on": "large"}
+"""Held-out rows that are not those of the figure choose the step; the patience never runs out."""
 METHODS = {
     method.name: method
     for method in (
@@ -129,6 +132,15 @@ METHODS = {
             recover=SCALES,
         ),
         Method("whole-layers", "refit, LoRA in the whole layers alone", WANDA, train={"layers": ("0-3", "28-29")}),
+        Method("lm-lora", "refit + next tokens of half task text, LoRA merged", WANDA, align=LM_LORA),
+        Method("random-block", "random cut + steps layer by layer", {"method": "random"}, align=BLOCK),
+        Method("taylor-sequential", "cut by Taylor, refit + sequential refit of all Linears", TAYLOR, align=SEQUENTIAL),
+        Method("taylor-block", "cut by Taylor, refit + steps layer by layer", TAYLOR, align=BLOCK),
+        Method("taylor-block-192", "the same, 192 steps a layer", TAYLOR, align=BLOCK | {"steps": 192}),
+        Method("taylor-block-general", "the same on general text", TAYLOR, align=BLOCK | {"data": GENERAL}),
+        Method("taylor-block-nf4", "cut by Taylor, refit + steps layer by layer, NF4", TAYLOR, BLOCK, {}),
+        Method("taylor-stopped", "cut by Taylor, stopped by the large model's loss", TAYLOR, train=WATCHED),
+        Method("random-stopped", "random cut, stopped by the large model's loss", {"method": "random"}, train=WATCHED),
         Method("semi", "2:4 masks (SparseGPT), all layers", {"method": "semi", **SPARSE}),
         Method("unstructured", "50 % unstructured masks (SparseGPT), all layers", {"method": "unstructured", **SPARSE}),
         Method("semi-plain", "2:4 masks (SparseGPT), plain updates", {"method": "semi", **SPARSE}, train=PLAIN),
@@ -140,6 +152,7 @@ METHODS = {
         ),
         Method("depth", "whole layers dropped", {"method": "depth", "calibration": HALF}),
         Method("random-distill", "random cut + distillation", {"method": "random"}, align=DISTILL),
+        Method("semi-block", "2:4 masks + steps layer by layer", {"method": "semi", **SPARSE}, align=BLOCK),
         Method("semi-distill", "2:4 masks + distillation", {"method": "semi", **SPARSE}, align=DISTILL),
         Method(
             "unstructured-distill", "50 % masks + distillation", {"method": "unstructured", **SPARSE}, align=DISTILL
@@ -151,9 +164,24 @@ METHODS = {
         Method("refit-calibrated", "refit, recover --calibrate", WANDA, recover=SCALES),
     )
 }
-SPARSIFIED = ("semi", "unstructured", "semi-plain", "unstructured-plain")
+SPARSIFIED = ("semi", "unstructured", "semi-plain", "unstructured-plain", "semi-block")
 MASKS = ("semi", "unstructured", "semi-distill", "unstructured-distill")
 BEST = ("refit-nf4", "refit-calibrated", "taylor-calibrated")
+NARROW = (
+    "random",
+    "refit",
+    "distill",
+    "structured",
+    "refit-general",
+    "depth",
+    *BEST[1:],
+    "taylor",
+    "taylor-block",
+    "taylor-sequential",
+    "random-stopped",
+)
+"""What is measured with the first and the last layer left whole."""
+SEEDED = ("random", "refit", "taylor", "taylor-calibrated", "block", "sequential", "taylor-block", "taylor-sequential")
 LEVERS = (
     "distill",
     "refit-256",
@@ -162,7 +190,15 @@ LEVERS = (
     "distill-norms",
     "sequential",
     "block",
+    "lm-lora",
+    "random-block",
     "taylor",
+    "taylor-sequential",
+    "taylor-block",
+    "taylor-block-192",
+    "taylor-block-general",
+    "taylor-stopped",
+    "random-stopped",
     "whole-layers",
 )
 
@@ -256,12 +292,14 @@ def main_grid(model: str, task: str) -> Iterator[Cell]:
         yield from (Cell(model, task, name, "0.5", lr=rate) for name in SPARSIFIED)
         yield from (Cell(model, task, name, "0.5", first, lr=rate) for name in ("depth", *BEST))
         yield from (Cell(model, task, name, "0.3", first, lr=rate) for name in BEST)
-        yield from (Cell(model, task, "taylor-nf4", ratio, first, lr=rate) for ratio in ("0.3", "0.5", "0.7"))
+        for name in ("taylor-nf4", "taylor-block-nf4"):
+            yield from (Cell(model, task, name, ratio, first, lr=rate) for ratio in ("0.3", "0.5", "0.7"))
+        yield from (Cell(model, task, name, "0.7", first, lr=rate) for name in ("taylor", "taylor-block"))
         for keep in further:
-            for name in ("random", "refit", "distill", "structured", "refit-general", "depth", *BEST[1:], "taylor"):
+            for name in NARROW:
                 yield Cell(model, task, name, "0.5", keep, lr=rate)
     for seed in SEEDS[1:]:
-        for name in ("random", "refit", "taylor", "taylor-calibrated"):
+        for name in SEEDED:
             for keep in MODELS[model].keep:
                 yield from (Cell(model, task, name, "0.5", keep, seed, rate) for rate in USUAL)
 
