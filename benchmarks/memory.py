@@ -19,7 +19,13 @@ from benchmarks.measure import ROOT, Sample, job, run, say
 STEPS = 3
 TOKENIZER = ROOT / "tests" / "fixtures" / "tiny-llama-kjv"
 TEXT = ROOT / "loram" / "data" / "builtin.txt"
-CUT = ("--method", "random", "--keep-first", "1", "--keep-last", "1", "--quiet")
+CUTS: dict[str, tuple[str, ...]] = {
+    "random": ("--method", "random", "--keep-first", "1", "--keep-last", "1"),
+    "depth": ("--method", "depth", "--keep-first", "1", "--keep-last", "1", "--samples", "4", "--length", "64"),
+    "semi": ("--method", "semi", "--score", "magnitude"),
+    "unstructured": ("--method", "unstructured", "--score", "magnitude"),
+}
+"""How the small models are made: what is trained has the same shape whatever chose it."""
 SMOLLM2 = "SmolLM2-135M"
 
 
@@ -33,6 +39,7 @@ class Configuration:
     dtype: str = "fp32"
     checkpointing: bool = False
     ratio: str | None = None
+    method: str = "random"
     quantize: str = "none"
     more: tuple[str, ...] = ()
 
@@ -40,6 +47,7 @@ class Configuration:
         """The configuration in a cell of a table."""
         words = [self.model, f"{self.batch}×{self.length}", self.dtype]
         words += ["checkpointing"] * self.checkpointing + ([f"ratio {self.ratio}"] if self.ratio else [])
+        words += [self.method] * (self.method != "random")
         words += [self.quantize] * (self.quantize != "none") + [" ".join(self.more).replace("--", "")] * bool(self.more)
         return ", ".join(words)
 
@@ -70,6 +78,12 @@ def configurations(size: str) -> list[Configuration]:
         *(made("wide", 2, 256, quantize="nf4", checkpointing=again) for again in (False, True)),
         made("wide", 2, 256, ratio="0.5", quantize="nf4"),
         made("wide", 1, 64, "bf16", ratio="0.5", quantize="nf4"),
+        made("wide", 2, 256, ratio="0.3", method="depth"),
+        made("wide", 2, 256, ratio="0.3", method="depth", quantize="nf4", checkpointing=True),
+        *(made("wide", 2, 256, method="semi", checkpointing=again) for again in (False, True)),
+        made("wide", 2, 256, method="semi", more=("--unmasked-update",)),
+        made("wide", 4, 256, ratio="0.5", method="unstructured"),
+        made("wide", 2, 128, "bf16", ratio="0.5", method="unstructured", checkpointing=True),
         *(made(SMOLLM2, 2, 256, checkpointing=again) for again in (False, True)),
         made(SMOLLM2, 2, 256, ratio="0.5"),
         made(SMOLLM2, 2, 256, quantize="nf4", checkpointing=True),
@@ -88,12 +102,14 @@ class Models:
         place = self.base(wanted.model)
         if place is None:
             return None
-        if wanted.ratio:
-            cut = ("prune", place, *CUT, "--ratio", wanted.ratio)
-            place = self.made(f"{wanted.model}-{wanted.ratio}", *cut)
+        if wanted.ratio or wanted.method == "semi":
+            ratio = ("--ratio", wanted.ratio) if wanted.ratio else ()
+            name = f"{wanted.model}-{wanted.method}-{wanted.ratio}"
+            place = self.made(name, "prune", place, *CUTS[wanted.method], *ratio, "--quiet")
         if wanted.quantize != "none":
-            command = ("quantize", place, "--type", wanted.quantize, "--quiet")
-            place = self.made(f"{wanted.model}-{wanted.ratio}-{wanted.quantize}", *command)
+            place = self.made(
+                f"{place.name}-{wanted.quantize}", "quantize", place, "--type", wanted.quantize, "--quiet"
+            )
         return place
 
     def base(self, name: str) -> Path | None:
