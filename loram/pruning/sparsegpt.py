@@ -80,7 +80,7 @@ def solve(work: Tensor, factor: Tensor, sizes: list[int], sparsity: Sparsity) ->
             choose(part, marks, scale, sizes, counts)
             solve_block(part, inner, errors, marks)
         gone[start:stop] = marks
-        part -= errors
+        part.addcmul_(part, marks, value=-1)
         errors /= scale
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return gone
@@ -109,13 +109,17 @@ def solve_block(part: Tensor, inner: Tensor, errors: Tensor, marks: Tensor) -> N
 
 
 def solve_groups(part: Tensor, inner: Tensor, scale: Tensor, sparsity: Sparsity, errors: Tensor, marks: Tensor) -> None:
-    """The same for N:M, where a group's elements are chosen, and marked, when its turn has come."""
-    group = sparsity.group
-    columns, mistakes, chosen = part.unbind(), errors.unbind(), marks.unbind()
+    """The same for N:M, where a group's elements are chosen, and marked, when its turn has come.
+
+    Within a group, what goes is e = M∘(p − L·e), with p the group, M its marks and L what its columns owe to each
+    other, strictly lower triangular. r marks in a column make M∘L nilpotent of order r there, so r − 1 insertions
+    from e = M∘p on give e itself: a few operations on the group in place of some for every pair of its columns.
+    """
+    group, removed = sparsity.group, sparsity.group - sparsity.keep
     scores = part.new_empty(group, part.shape[1])
     start, step = 0, max(INNER // group, 1) * group
-    for first, own, own_scale, own_marks in zip(
-        range(0, len(part), group), *(torch.split(whole, group) for whole in (part, scale, marks)), strict=True
+    for first, own, own_scale, own_marks, went in zip(
+        range(0, len(part), group), *(torch.split(whole, group) for whole in (part, scale, marks, errors)), strict=True
     ):
         last = first + group
         if first and first % step == 0:
@@ -124,12 +128,13 @@ def solve_groups(part: Tensor, inner: Tensor, scale: Tensor, sparsity: Sparsity,
         if first > start:
             own.addmm_(inner[first:last, start:first], errors[start:first], alpha=-1)
         torch.div(own, own_scale, out=scores).square_()
-        mark_lowest(scores, group - sparsity.keep, own_marks)
-        owes = inner[first:last, first:last].tolist()
-        for column in range(first, last):
-            for before in range(first, column):
-                columns[column].sub_(mistakes[before], alpha=owes[column - first][before - first])
-            torch.mul(columns[column], chosen[column], out=mistakes[column])
+        mark_lowest(scores, removed, own_marks)
+        among = inner[first:last, first:last].tril(-1)
+        torch.mul(own, own_marks, out=went)
+        for _ in range(removed - 1):
+            owed = torch.mm(among, went, out=scores)
+            torch.mul(torch.sub(own, owed, out=went), own_marks, out=went)
+        own.addmm_(among, went, alpha=-1)
 
 
 SPARSEGPT = WeightScore("sparsegpt", "moments", prune=sparsegpt, updates=True)
