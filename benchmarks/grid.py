@@ -94,6 +94,8 @@ class Method:
     quantize: Options | None = None
     train: Options = field(default_factory=dict)
     recover: Options = field(default_factory=dict)
+    touch: Options | None = None
+    """Options of a training on the large model that goes on from the recovered adapter, or from nothing."""
 
 
 WINDOWS: Options = {"data": HALF, "length": 128, "held_out": 8}
@@ -110,6 +112,7 @@ PLAIN: Options = {"unmasked_update": True}
 LM_LORA: Options = {"method": "lm", **WINDOWS, "scope": "lora", "steps": 48, "batch": 4, "save_every": 24}
 WATCHED: Options = {"eval_data": (SPARE,), "eval_every": 8, "recover_eval": 8, "patience": 9, "stop_on": "large"}
 """Held-out rows that are not those of the figure choose the step; the patience never runs out."""
+TOUCH: Options = {"steps": 4, "lr": 2e-3}
 METHODS = {
     method.name: method
     for method in (
@@ -141,6 +144,9 @@ METHODS = {
         Method("taylor-block-nf4", "cut by Taylor, refit + steps layer by layer, NF4", TAYLOR, BLOCK, {}),
         Method("taylor-stopped", "cut by Taylor, stopped by the large model's loss", TAYLOR, train=WATCHED),
         Method("random-stopped", "random cut, stopped by the large model's loss", {"method": "random"}, train=WATCHED),
+        Method("touch-alone", "nothing but 4 steps on the large model", None, touch=TOUCH),
+        Method("random-touched", "random cut, then 4 steps on the large model", {"method": "random"}, touch=TOUCH),
+        Method("taylor-touched", "cut by Taylor, then 4 steps on the large model", TAYLOR, touch=TOUCH),
         Method("semi", "2:4 masks (SparseGPT), all layers", {"method": "semi", **SPARSE}),
         Method("unstructured", "50 % unstructured masks (SparseGPT), all layers", {"method": "unstructured", **SPARSE}),
         Method("semi-plain", "2:4 masks (SparseGPT), plain updates", {"method": "semi", **SPARSE}, train=PLAIN),
@@ -164,6 +170,7 @@ METHODS = {
         Method("refit-calibrated", "refit, recover --calibrate", WANDA, recover=SCALES),
     )
 }
+UNCUT = ("nf4", "int8", "touch-alone")
 SPARSIFIED = ("semi", "unstructured", "semi-plain", "unstructured-plain", "semi-block")
 MASKS = ("semi", "unstructured", "semi-distill", "unstructured-distill")
 BEST = ("refit-nf4", "refit-calibrated", "taylor-calibrated")
@@ -199,6 +206,8 @@ LEVERS = (
     "taylor-block-general",
     "taylor-stopped",
     "random-stopped",
+    "random-touched",
+    "taylor-touched",
     "whole-layers",
 )
 
@@ -244,11 +253,16 @@ class Cell:
         train |= METHODS[self.method].train if self.method in METHODS else {}
         if self.method == "ceiling":
             return [("train", {"model": LARGE, **train}), replace_option(measure, adapter="@before")]
-        chain = [*self.compression(task), ("train", {"model": "@before", **train})]
-        if self.measured == "small":
-            return [*chain, replace_option(measure, model="@small", adapter="@before")]
-        recover = ("recover", {"adapter": "@before", **METHODS[self.method].recover})
-        return [*chain, recover, replace_option(measure, adapter="@before")]
+        method, chain = METHODS[self.method], self.compression(task)
+        if chain:
+            chain.append(("train", {"model": "@before", **train}))
+            if self.measured == "small":
+                return [*chain, replace_option(measure, model="@small", adapter="@before")]
+            chain.append(("recover", {"adapter": "@before", **method.recover}))
+        if method.touch is not None:
+            begun = {"adapter": "@before"} if chain else {}
+            chain.append(("train", {"model": LARGE, **train, **begun, **method.touch}))
+        return [*chain, replace_option(measure, adapter="@before")]
 
     def compression(self, task: Task) -> list[tuple[str, Options]]:
         """prune, align and quantize, as far as the method has them."""
@@ -288,7 +302,7 @@ def main_grid(model: str, task: str) -> Iterator[Cell]:
     for rate in USUAL:
         for name in ("random", "structured", "refit-general", *LEVERS):
             yield Cell(model, task, name, "0.5", first, lr=rate)
-        yield from (Cell(model, task, name, lr=rate) for name in ("nf4", "int8"))
+        yield from (Cell(model, task, name, lr=rate) for name in UNCUT)
         yield from (Cell(model, task, name, "0.5", lr=rate) for name in SPARSIFIED)
         yield from (Cell(model, task, name, "0.5", first, lr=rate) for name in ("depth", *BEST))
         yield from (Cell(model, task, name, "0.3", first, lr=rate) for name in BEST)

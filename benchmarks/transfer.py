@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.cells import RESULTS
 from benchmarks.findings import findings
-from benchmarks.grid import LEVERS, METHODS, MODELS, RATES, SPARSIFIED, TASKS, Cell
+from benchmarks.grid import LEVERS, METHODS, MODELS, RATES, SPARSIFIED, TASKS, UNCUT, Cell
 from benchmarks.kept_gain import Outcome, Records, spelled
 from benchmarks.pictures import Bar, Line, bars, lines
 
@@ -27,7 +27,7 @@ Row = tuple[str, str, tuple[int, int] | None]
 
 def rows(model: str) -> list[Row]:
     """(method, ratio, layers kept whole) of the table, in its order."""
-    found: list[Row] = [("nf4", "", None), ("int8", "", None)]
+    found: list[Row] = [(name, "", None) for name in UNCUT]
     for keep in MODELS[model].keep:
         found += [(name, "0.5", keep) for name in ("random", "structured", "refit-general", "refit", "depth")]
         found += [(name, "0.5", keep) for name in LEVERS if keep == FIRST]

@@ -204,6 +204,12 @@ class TrainInputs(ReadingOptions, WritingOptions):
         "Training data: file, folder or Hub dataset (ORG/NAME:CONFIG@SPLIT), optionally =WEIGHT; may be repeated.",
         flags=("--dataset-name",),
     )
+    adapter: str | None = option(
+        None,
+        "Begin with the A and B of this adapter of the same model, its rank and targets, in place of fresh ones: "
+        "further steps, other data, or a few steps of a recovered adapter on the large model.",
+        flags=("--lora-model-dir",),
+    )
     backend: str = option("local", "Where training runs.", choices=("local",))
     task: str = option("causal-lm", "What is trained.", choices=("causal-lm",))
 

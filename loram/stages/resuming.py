@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loram.artifact import Draft, Manifest, drafting, read_manifest
+from loram.artifact import Draft, Manifest, drafting, read_manifest, sha256_json
 from loram.data.encoding import EncodedRow
 from loram.data.places import source_path
 from loram.options import TrainOptions
@@ -41,14 +41,21 @@ def open_session(
 
 def identity_of(options: TrainOptions, rows: list[EncodedRow], folder: Path) -> dict[str, Any]:
     """What makes a continuation the same run."""
-    return identity(options, rows, content_digest(str(folder)))
+    places = [str(folder), *filter(None, [options.adapter])]
+    digests = [content_digest(place) for place in places]
+    return identity(options, rows, digests[0] if len(digests) == 1 else sha256_json(digests))
+
+
+def inputs_of(options: TrainOptions) -> tuple[str, ...]:
+    """The folders and files that are read, and must not be written to."""
+    return (options.model, *filter(None, [options.adapter]), *map(source_path, (*options.data, *options.eval_data)))
 
 
 @contextmanager
 def writing(options: TrainOptions, out: Path) -> Iterator[Draft]:
     """The draft of OUT, which process 0 finishes and puts in place; the others get the folder and leave it alone."""
     if is_writer():
-        inputs = (options.model, *map(source_path, (*options.data, *options.eval_data)))
+        inputs = inputs_of(options)
         with drafting(out, force=options.force, inputs=inputs, keep_partial=True) as draft:
             yield draft
     else:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loram.adapter import load_adapter
 from loram.advice import Training
 from loram.artifact import Draft, Manifest, check_output, read_manifest, relative_location
 from loram.checkpoint import describe_base, read_config
 from loram.data.encoding import EncodedRow, encode, within_context
-from loram.data.places import source_path
 from loram.data.sources import read_sources, weighted
 from loram.data.summary import DataSummary, stop_tokens
 from loram.device import resolve_dtype
@@ -25,11 +25,12 @@ from loram.progress import SILENT, Progress
 from loram.pruning_map import read_map
 from loram.quantization.loading import quantization_of
 from loram.results import StageResult
+from loram.stages.beginning import begun_with
 from loram.stages.carried import copy_files
 from loram.stages.fitting import advised, memory_plan, predicted, training_of, warn
 from loram.stages.lineage import moved, parent_of
 from loram.stages.masking import look_behind, recorded, refuse_unmaskable, training_masks
-from loram.stages.resuming import earlier_result, identity_of, is_same_run, open_session, writing
+from loram.stages.resuming import earlier_result, identity_of, inputs_of, is_same_run, open_session, writing
 from loram.stages.watching import held_out, watch_of
 from loram.training.checkpoints import discard, set_aside
 from loram.training.loop import Session, TrainingRun, finished_run, fit
@@ -88,10 +89,11 @@ class TrainResult(StageResult):
 def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
     """Train LoRA on `options.data` and write a PEFT folder: a small-adapter, or an adapter of a plain model."""
     connect()
-    inputs = (options.model, *map(source_path, (*options.data, *options.eval_data)))
+    inputs = inputs_of(options)
     earlier = earlier_result(options)
     out = check_output(options.out, inputs, force=options.force or earlier is not None)
     folder, small = trainable(options.model)
+    options = begun_with(options, folder, small)
     if options.compile:
         refuse_compiled(folder)
     refuse_unmaskable(options, folder, small)
@@ -157,7 +159,8 @@ def train_into(
 ) -> TrainingRun:
     """Load, wrap, train, save."""
     dtype = resolve_dtype(options.dtype)
-    model = wrap(load_model(folder, dtype=dtype), options, training_masks(options, folder))
+    first = load_adapter(options.adapter) if options.adapter else None
+    model = wrap(load_model(folder, dtype=dtype), options, training_masks(options, folder), first)
     trained, total = model.get_nb_trainable_parameters()
     logger.info(
         "%s: LoRA trains %s of %s parameters (%.2f%%)", dtype, f"{trained:,}", f"{total:,}", 100 * trained / total
@@ -172,9 +175,10 @@ def train_into(
 
 def manifest_of(options: TrainOptions, folder: Path, small: Manifest | None, out: Path) -> Manifest:
     """What the adapter was made from."""
+    first = (parent_of(options.adapter, "small-adapter" if small else "adapter", out),) if options.adapter else ()
     if small is None:
         base = describe_base(folder, split_id(options.model)[0], seen_from=out)
-        return Manifest("adapter", "train", options.outcome(), base=base)
+        return Manifest("adapter", "train", options.outcome(), base=base, parents=first)
     if small.base is None or small.pruning_map_sha256 is None:
         raise InputError(f"{folder}/loram.json does not name the large model and the map; run `loram prune` again")
     return Manifest(
@@ -185,5 +189,5 @@ def manifest_of(options: TrainOptions, folder: Path, small: Manifest | None, out
         compression=small.compression,
         base=moved(small.base, folder, out),
         pruning_map_sha256=small.pruning_map_sha256,
-        parents=(parent_of(folder, "small-model", out),),
+        parents=(parent_of(folder, "small-model", out), *first),
     )

@@ -134,7 +134,7 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
         if stage == "prune" and filled.get("method") == "random":
             filled["calibration"] = recipe.section("prune").get("calibration", ())  # streaming is its point
         if name == "ceiling":
-            filled["model"] = model
+            filled |= {"model": model, "adapter": None}  # what the small model's training begins with is no use here
         if filled.get("calibrate"):
             filled = {"large": model, "columns": options.columns} | filled
             warn_of_eval_rows(filled["calibrate"], options.eval_data)

@@ -34,7 +34,19 @@ from loram.training.processes import process_count
 logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
-PLACES = {"out", "force", "dry_run", "model", "large", "base_id", "revision", "data", "eval_data", "calibration"}
+PLACES = {
+    "out",
+    "force",
+    "dry_run",
+    "model",
+    "large",
+    "base_id",
+    "revision",
+    "data",
+    "eval_data",
+    "calibration",
+    "adapter",
+}
 FREE = PLACES | {"log_every", "columns"} | RUNNING
 """Options that may change between a run and its continuation; model and data are compared by content."""
 

@@ -35,8 +35,13 @@ logger = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"
 
 
-def wrap(model: PreTrainedModel, options: TrainOptions, masks: Masks | None = None) -> PeftModel:
-    """The model with fresh LoRA weights, its updates masked where there are masks; the base is frozen."""
+def wrap(
+    model: PreTrainedModel, options: TrainOptions, masks: Masks | None = None, first: Adapter | None = None
+) -> PeftModel:
+    """The model with LoRA weights, its updates masked where there are masks; the base is frozen.
+
+    The weights are fresh, or those of `first`, whose ranks and targets the options then have.
+    """
     config = lora_config(model, options)
     warn_of_tied_ends(model, config)
     if masks is not None:
@@ -45,7 +50,7 @@ def wrap(model: PreTrainedModel, options: TrainOptions, masks: Masks | None = No
     with without_peft_noise():
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
     assert isinstance(wrapped, PeftModel)
-    return wrapped
+    return wrapped if first is None else with_factors(wrapped, first)
 
 
 @contextmanager
@@ -169,12 +174,17 @@ def attach_masked(model: Any, adapter: Adapter, masks: Masks) -> PeftModel:
     with without_peft_noise():
         wrapped = get_peft_model(model, mask_updates(config, masks), autocast_adapter_dtype=True)
     assert isinstance(wrapped, PeftModel)
+    return with_factors(wrapped, adapter).eval()
+
+
+def with_factors(model: PeftModel, adapter: Adapter) -> PeftModel:
+    """The wrapped model with an adapter's A and B in place of its own."""
     state: dict[str, Any] = {}
     for module, pair in adapter.pairs.items():
         names = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
         state |= {f"{PREFIX}{module}.{name}": value for name, value in zip(names, (pair.a, pair.b), strict=True)}
-    set_peft_model_state_dict(wrapped, state)
-    return wrapped.eval()
+    set_peft_model_state_dict(model, state)
+    return model
 
 
 def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
