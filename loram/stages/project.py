@@ -58,7 +58,7 @@ def project(options: ProjectOptions, progress: Progress = SILENT) -> ProjectResu
         rank=projected.rank,
         left_out=len(adapter.pairs) - len(projected.pairs),
         path=None if options.dry_run else Path(options.out),
-        next_command=f"loram recover {options.out} -o ADAPTER",
+        next_command=f"loram train {options.small} --adapter {options.out} --data FILE -o ADAPTER",
     )
     if options.dry_run:
         return result
