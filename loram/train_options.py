@@ -134,6 +134,11 @@ class LoopOptions(WritingOptions):
     accumulate: int = option(1, "Forward passes per optimizer step.", flags=("--gradient-accumulation-steps",))
     dtype: str = option("auto", "Dtype to load and compute in; auto is bf16 where it pays.", choices=("auto", *DTYPES))
     checkpointing: bool = option(False, "Recompute activations to save memory.", flags=("--gradient-checkpointing",))
+    streamed: bool = option(
+        False,
+        "Hold one layer of the model in memory and read every weight twice a step: for a few steps on a model that "
+        "does not fit.",
+    )
     compile: bool = option(
         False,
         "Compile the model (torch.compile): the first steps take minutes, the others less time; for long runs.",
@@ -153,6 +158,10 @@ class LoopOptions(WritingOptions):
         ratio = self.lora_plus_ratio
         require(ratio is None or 1 <= ratio < math.inf, f"--lora-plus-ratio is {ratio}; it must be 1 or more")
         require(self.neftune is None or self.neftune > 0, f"--neftune is {self.neftune}; it must be above 0")
+        require(not (self.streamed and self.compile), "--streamed computes layer by layer; leave out --compile")
+        require(
+            not (self.streamed and self.dtype == "fp16"), "--streamed computes in bf16 or fp32; leave out --dtype fp16"
+        )
         require(not (self.lora_fa and ratio is not None), "--lora-fa trains B alone; leave out --lora-plus-ratio")
         require(
             not self.lora_fa or self.optimizer == "adamw_torch",
@@ -221,6 +230,10 @@ class TrainOptions(ResumeOptions, WatchOptions, LoopOptions, LoraOptions, TrainI
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            not (self.streamed and any(target.endswith("lm_head") for target in self.targets)),
+            "--streamed reads the output head for the loss alone; leave lm_head out of --targets",
+        )
         require(
             not (self.lora_fa and any(target.endswith("embed_tokens") for target in self.targets)),
             "--lora-fa keeps A as drawn, and an embedding's A is zero; leave embed_tokens out of --targets",

@@ -202,7 +202,7 @@ class BlockRunner:
         ids, places = torch.unique(windows, return_inverse=True)
         padding, table.padding_idx = table.padding_idx, None
         try:
-            with self._filled(table, {"weight": self._table_rows(ids)}):
+            with self.filled(table, {"weight": self.table_rows(ids)}):
                 for start in range(0, len(hidden), self.rows):
                     part = slice(start, start + self.rows)
                     hidden.write(part, table(places[part].to(self.device)))
@@ -222,20 +222,24 @@ class BlockRunner:
         layer = self.model.get_decoder().layers[number]
         name = f"{self.family.prefix}{number}"
         arguments = self.arguments(hidden.shape[1])[number]
-        with self._filled(layer, {key: self.read(f"{name}.{key}") for key in layer.state_dict()}):
+        with self.filled(layer, {key: self.read(f"{name}.{key}") for key in layer.state_dict()}):
             yield Block(number, layer, hidden, self, arguments)
 
     @contextmanager
     def head(self) -> Iterator[Any]:
         """The model with its final norm and output head filled, while the context lasts."""
         norm, head = self.model.get_decoder().norm, self.model.get_output_embeddings()
-        tied = self.family.geometry(self.checkpoint.config).tied
-        name = self.family.embedding.name if tied else self.family.head.name
         with (
-            self._filled(norm, {"weight": self.read(f"{self.family.norm.name}.weight")}),
-            self._filled(head, {"weight": self.read(f"{name}.weight")}),
+            self.filled(norm, {"weight": self.read(f"{self.family.norm.name}.weight")}),
+            self.filled(head, {"weight": self.read(self.head_name)}),
         ):
             yield self.model
+
+    @property
+    def head_name(self) -> str:
+        """The weight that the output head applies: its own, or the embeddings'."""
+        tied = self.family.geometry(self.checkpoint.config).tied
+        return f"{(self.family.embedding if tied else self.family.head).name}.weight"
 
     @torch.no_grad()
     def losses(self, hidden: Hidden, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,7 +270,7 @@ class BlockRunner:
             weight[start : start + len(tile)].copy_(tile)
         return weight if self.edit is None else self.edit(name, weight)
 
-    def _table_rows(self, ids: Tensor) -> Tensor:
+    def table_rows(self, ids: Tensor) -> Tensor:
         """The rows of the embedding that belong to sorted token ids."""
         name = f"{self.family.embedding.name}.weight"
         if self.edit is not None:
@@ -278,7 +282,7 @@ class BlockRunner:
         return rows
 
     @contextmanager
-    def _filled(self, module: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
+    def filled(self, module: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
         """A module with these weights, without them afterwards; buffers that are not saved stay."""
         slots = {key: (module.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]) for key in state}
         before = {key: getattr(owner, leaf) for key, (owner, leaf) in slots.items()}

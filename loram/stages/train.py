@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from loram.progress import SILENT, Progress
 from loram.pruning_map import read_map
 from loram.quantization.loading import quantization_of
 from loram.results import StageResult
+from loram.sizes import count
 from loram.stages.beginning import begun_with
 from loram.stages.carried import copy_files
-from loram.stages.fitting import advised, memory_plan, predicted, training_of, warn
+from loram.stages.fitting import advised, memory_plan, predicted, recorded_widths, training_of, warn
 from loram.stages.lineage import moved, parent_of
 from loram.stages.masking import look_behind, recorded, refuse_unmaskable, training_masks
 from loram.stages.resuming import earlier_result, identity_of, inputs_of, is_same_run, open_session, writing
@@ -37,6 +39,7 @@ from loram.training.loop import Session, TrainingRun, finished_run, fit
 from loram.training.lora import save_adapter, wrap
 from loram.training.processes import connect, is_writer
 from loram.training.signals import stop_on_signals
+from loram.training.streamed import streamed_model
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +97,7 @@ def train(options: TrainOptions, progress: Progress = SILENT) -> TrainResult:
     out = check_output(options.out, inputs, force=options.force or earlier is not None)
     folder, small = trainable(options.model)
     options = begun_with(options, folder, small)
-    if options.compile:
-        refuse_compiled(folder)
+    refuse_quantized(options, folder)
     refuse_unmaskable(options, folder, small)
     tokenizer = load_tokenizer(folder)
     length = within_context(options.max_length, read_config(folder))
@@ -148,10 +150,14 @@ def trainable(model: str) -> tuple[Path, Manifest | None]:
     return folder, manifest
 
 
-def refuse_compiled(folder: Path) -> None:
-    """OptionError where --compile was asked for on a model in 4 or 8 bit; transformers will not train one compiled."""
-    if quantization_of(read_config(folder)) is not None:
+def refuse_quantized(options: TrainOptions, folder: Path) -> None:
+    """OptionError for ways of training that a model in 4 or 8 bit cannot go."""
+    if quantization_of(read_config(folder)) is None:
+        return
+    if options.compile:  # transformers will not train one compiled
         raise OptionError(f"--compile does not go with {folder}, which is quantized; leave it out")
+    if options.streamed:
+        raise OptionError(f"--streamed reads weights in 16 or 32 bits and {folder} is quantized; leave it out")
 
 
 def train_into(
@@ -160,12 +166,16 @@ def train_into(
     """Load, wrap, train, save."""
     dtype = resolve_dtype(options.dtype)
     first = load_adapter(options.adapter) if options.adapter else None
-    model = wrap(load_model(folder, dtype=dtype), options, training_masks(options, folder), first)
-    trained, total = model.get_nb_trainable_parameters()
-    logger.info(
-        "%s: LoRA trains %s of %s parameters (%.2f%%)", dtype, f"{trained:,}", f"{total:,}", 100 * trained / total
-    )
-    run = fit(model, rows, options, draft.path, progress, session)
+    with streamed_model(folder, dtype) if options.streamed else nullcontext(load_model(folder, dtype=dtype)) as base:
+        model = wrap(base, options, training_masks(options, folder), first)
+        trained, total = model.get_nb_trainable_parameters()
+        if options.streamed:
+            config = read_config(folder)
+            total += count(config, recorded_widths(config)).total
+        logger.info(
+            "%s: LoRA trains %s of %s parameters (%.2f%%)", dtype, f"{trained:,}", f"{total:,}", 100 * trained / total
+        )
+        run = fit(model, rows, options, draft.path, progress, session)
     if is_writer():
         assert draft.manifest is not None
         base = draft.manifest.base if draft.manifest.kind == "adapter" else None

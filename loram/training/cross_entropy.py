@@ -7,7 +7,7 @@ logits are made once and are gone afterwards; a trained head is recomputed chunk
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -113,7 +113,8 @@ def without_logits(model: Any) -> Iterator[None]:
         targets = labels[:, 1:]
         carry = targets != IGNORED
         count = carry.sum() if num_items_in_batch is None else num_items_in_batch
-        return {"loss": summed_loss(model, hidden[:, :-1][carry], targets[carry]) / count}
+        with getattr(model, "holding_head", nullcontext)():
+            return {"loss": summed_loss(model, hidden[:, :-1][carry], targets[carry]) / count}
 
     before = model.__dict__.get("forward")
     model.forward = forward
