@@ -112,7 +112,7 @@ PLAIN: Options = {"unmasked_update": True}
 LM_LORA: Options = {"method": "lm", **WINDOWS, "scope": "lora", "steps": 48, "batch": 4, "save_every": 24}
 WATCHED: Options = {"eval_data": (SPARE,), "eval_every": 8, "recover_eval": 8, "patience": 9, "stop_on": "large"}
 """Held-out rows that are not those of the figure choose the step; the patience never runs out."""
-TOUCH: Options = {"steps": 4, "lr": 2e-3}
+TOUCH: Options = {"steps": 4, "lr": 2e-3, "streamed": True}
 METHODS = {
     method.name: method
     for method in (
@@ -147,6 +147,13 @@ METHODS = {
         Method("touch-alone", "nothing but 4 steps on the large model", None, touch=TOUCH),
         Method("random-touched", "random cut, then 4 steps on the large model", {"method": "random"}, touch=TOUCH),
         Method("taylor-touched", "cut by Taylor, then 4 steps on the large model", TAYLOR, touch=TOUCH),
+        Method(
+            "taylor-block-touched",
+            "cut by Taylor, steps layer by layer, then 4 steps on the large model",
+            TAYLOR,
+            align=BLOCK,
+            touch=TOUCH,
+        ),
         Method("semi", "2:4 masks (SparseGPT), all layers", {"method": "semi", **SPARSE}),
         Method("unstructured", "50 % unstructured masks (SparseGPT), all layers", {"method": "unstructured", **SPARSE}),
         Method("semi-plain", "2:4 masks (SparseGPT), plain updates", {"method": "semi", **SPARSE}, train=PLAIN),
@@ -186,9 +193,17 @@ NARROW = (
     "taylor-block",
     "taylor-sequential",
     "random-stopped",
+    "random-touched",
+    "taylor-touched",
 )
 """What is measured with the first and the last layer left whole."""
-SEEDED = ("random", "refit", "taylor", "taylor-calibrated", "block", "sequential", "taylor-block", "taylor-sequential")
+DEEP = ("taylor", "taylor-block", "taylor-touched", "taylor-block-touched")
+"""What is measured at ratio 0.7 besides."""
+SEEDED = (
+    *("random", "refit", "block", "sequential", "taylor", "taylor-calibrated", "taylor-block", "taylor-sequential"),
+    *("random-touched", "taylor-touched"),
+)
+"""What is measured with three seeds."""
 LEVERS = (
     "distill",
     "refit-256",
@@ -208,6 +223,7 @@ LEVERS = (
     "random-stopped",
     "random-touched",
     "taylor-touched",
+    "taylor-block-touched",
     "whole-layers",
 )
 
@@ -308,7 +324,7 @@ def main_grid(model: str, task: str) -> Iterator[Cell]:
         yield from (Cell(model, task, name, "0.3", first, lr=rate) for name in BEST)
         for name in ("taylor-nf4", "taylor-block-nf4"):
             yield from (Cell(model, task, name, ratio, first, lr=rate) for ratio in ("0.3", "0.5", "0.7"))
-        yield from (Cell(model, task, name, "0.7", first, lr=rate) for name in ("taylor", "taylor-block"))
+        yield from (Cell(model, task, name, "0.7", first, lr=rate) for name in DEEP)
         for keep in further:
             for name in NARROW:
                 yield Cell(model, task, name, "0.5", keep, lr=rate)
