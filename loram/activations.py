@@ -33,7 +33,8 @@ class Workload:
 
     `masked`: rows are padded or packed, so that attention is given a mask. `frozen_a`: LoRA-FA, which trains B alone.
     `layers`: the decoder layers that are adapted (none named: all). `supervised`: positions that carry loss.
-    `masked_update`: the updates themselves are masked, as on a model whose single weights were pruned.
+    `masked_update`: the updates themselves are masked, as on a model whose single weights were pruned. `streamed`: one
+    layer's weights are in memory at a time, and layers are computed again as with checkpointing.
     """
 
     batch: int
@@ -50,6 +51,7 @@ class Workload:
     layers: tuple[int, ...] = ()
     supervised: int | None = None
     masked_update: bool = False
+    streamed: bool = False
 
     @property
     def value_bytes(self) -> int:

@@ -113,13 +113,14 @@ def restart_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def return_large_blocks() -> None:
-    """Have the C library give memory of 8 MiB and more back as soon as it is freed (glibc; elsewhere nothing changes).
+def return_large_blocks(size: int = 8 * 2**20) -> None:
+    """Have the C library give blocks of `size` bytes and more back as soon as they are freed (glibc; elsewhere nothing
+    changes). Smaller ones cost time: the system clears every page that it hands out.
 
     By itself it soon keeps blocks of up to 32 MiB in its heap, where the holes between what lives longer add up: to a
     gigabyte after forty layers, seen where the address space is limited.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, 8 * 2**20)
+        library.mallopt(M_MMAP_THRESHOLD, size)
         library.mallopt(M_TRIM_THRESHOLD, 64 * 2**20)

@@ -95,7 +95,9 @@ def training_memory(model: Model, work: Workload, hardware: Hardware = CUDA) -> 
     """Peak of training LoRA: the larger one of loading the model and of a step."""
     held = resident(model, work, hardware)
     moving = step_parts(model, work, hardware)
-    torn = step_parts(model, replace(work, checkpointing=False), hardware) if hardware.tears else moving
+    # Streamed, large blocks are given back to the system at once, and hardly anything tears.
+    tears = hardware.tears and not work.streamed
+    torn = step_parts(model, replace(work, checkpointing=False), hardware) if tears else moving
     moving = moving | {"allocator": int(hardware.allocator * sum(torn.values()))}
     step = MemoryPlan(held | lora_parts(model, work) | moving)
     loading = MemoryPlan(held | {"loading": loading_bytes(model, work, hardware)})
@@ -124,9 +126,21 @@ def alignment_memory(large: Model, small: Model, work: Workload, hardware: Hardw
 def resident(model: Model, work: Workload, hardware: Hardware) -> dict[str, int]:
     """What is there from loading on: the process itself and the frozen weights."""
     counts = count(model.config, model.widths)
+    if work.streamed:
+        return {"runtime": hardware.training, "weights": largest_piece(model) * work.value_bytes}
     quantized = counts.linear if model.quantize != "none" else 0
     parts = {"runtime": hardware.training, "weights": (counts.total - quantized) * work.value_bytes}
     return parts | ({"quantized weights": int(quantized * BITS[model.quantize] / 8)} if quantized else {})
+
+
+def largest_piece(model: Model) -> int:
+    """Parameters of what a streamed training holds at a time: of the largest layer, or of the output head."""
+    geometry = family_of(model.config).geometry(model.config)
+    layers = layers_of(model.config, model.widths)
+    return max(
+        geometry.vocab * geometry.hidden,
+        *(sum(out * into for out, into in layer.linears.values()) for layer in layers),
+    )
 
 
 def lora_parts(model: Model, work: Workload) -> dict[str, int]:
@@ -172,7 +186,7 @@ def dequantized_bytes(layers: list[Layer], work: Workload, model: Model) -> int:
 
 def loading_bytes(model: Model, work: Workload, hardware: Hardware) -> int:
     """Beside the weights while they are loaded: the file's pages where it holds another dtype."""
-    if not hardware.maps_files or model.stored == work.dtype:
+    if work.streamed or not hardware.maps_files or model.stored == work.dtype:
         return 0
     counts = count(model.config, model.widths)
     quantized = counts.linear if model.quantize != "none" else 0

@@ -65,7 +65,7 @@ def workload_of(options: TrainOptions, rows: Sequence[EncodedRow], attention: st
         rank=options.rank,
         targets=options.targets,
         dtype=resolve_dtype(options.dtype),
-        checkpointing=options.checkpointing,
+        checkpointing=options.checkpointing or options.streamed,
         dropout=options.dropout,
         optimizer=options.optimizer,
         frozen_a=options.lora_fa,
@@ -73,6 +73,7 @@ def workload_of(options: TrainOptions, rows: Sequence[EncodedRow], attention: st
         attention=attention,
         layers=tuple(parse_layers(options.layers)),
         supervised=None if options.packing else sum(carrying[:batch]),
+        streamed=options.streamed,
     )
 
 
