@@ -128,8 +128,17 @@ class RunOptions(WritingOptions):
     eval_data: tuple[str, ...] = option((), "Held-out data for the ladder (recipe: run.eval_data).")
     columns: str | None = option(None, "Map data columns, e.g. prompt=question,completion=answer.")
     ceiling: bool = option(False, "Also train LoRA on the large model itself, to show what is possible.")
+    touch_up: int = option(
+        0,
+        "After recover, so many further steps on the large model itself, one layer in memory at a time, at a quarter "
+        "of the training's rate.",
+    )
     stages: tuple[str, ...] = option((), "Stages to run, in order; default: the sections of the recipe.")
     overrides: tuple[str, ...] = assignments()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.touch_up >= 0, f"--touch-up is {self.touch_up}; it must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

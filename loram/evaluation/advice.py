@@ -1,8 +1,8 @@
 """What to change where an adapter helps the large model less than it could: by how its small model was made.
 
 The order is that of what was measured (loram/measured.py, docs/transfer.md): the text that the cut was repaired on
-first, which costs nothing, then plain updates in place of masked ones, bits instead of cuts, the score, scales, steps
-and their rate, and distillation last.
+first, which costs nothing, then plain updates in place of masked ones, bits instead of cuts, the score, a few steps on
+the large model itself, repair layer by layer, scales, and more steps or a higher rate.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Making:
     scaled: bool = False
     masked: bool = False
     """Whether what was trained was an update under the mask of the pruned weights."""
+    touched: bool = False
+    """Whether further steps were taken on the large model itself."""
 
 
 def advise(made: Making) -> tuple[str, ...]:
@@ -35,11 +37,8 @@ def advise(made: Making) -> tuple[str, ...]:
         "choose scales on the large model (`loram recover --calibrate FILE`)" if cut(made) and not made.scaled else ""
     )
     plain = "train a plain update on the pruned weights (`loram train --unmasked-update`)" if made.masked else ""
-    found = [repair(made), plain, bits(made), scored(made), scales, f"{more}, or at a higher rate (`loram train --lr`)"]
-    if not {"aligned", "nf4", "int8"} & {*made.compression}:
-        found.append("distill from the large model before training (`loram align`)")
-    elif "aligned" not in made.compression and cut(made):
-        found.append("distill from the large model before quantizing (`loram align`)")
+    found = [repair(made), plain, bits(made), scored(made), touching(made), layers(made), scales]
+    found.append(f"{more}, or at a higher rate (`loram train --lr`)")
     return tuple(sentence for sentence in found if sentence)
 
 
@@ -66,6 +65,22 @@ def scored(made: Making) -> str:
     if made.method != "structured" or made.score in (None, "taylor") or not made.task_text:
         return ""
     return "choose what is cut by gradients (`loram prune --score taylor`)"
+
+
+def touching(made: Making) -> str:
+    """Steps on the large model itself: what did not carry over is learnt there."""
+    if made.touched or not cut(made):
+        return ""
+    command = "`loram train LARGE --adapter ADAPTER --streamed --steps 4`, or `loram run --touch-up 4`"
+    return f"take a few steps on the large model itself, one layer in memory at a time ({command})"
+
+
+def layers(made: Making) -> str:
+    """Repair that sees what earlier layers left: before training, and before quantizing."""
+    if not cut(made) or "aligned" in made.compression:
+        return ""
+    before = "quantizing" if {"nf4", "int8"} & {*made.compression} else "training"
+    return f"repair the small model layer by layer before {before} (`loram align --method block`)"
 
 
 def bits(made: Making) -> str:

@@ -39,7 +39,8 @@ class CardFacts:
     datasets: tuple[str, ...] = ()
     lineage: tuple[Manifest, ...] = ()
     adapter: dict[str, Any] = field(default_factory=dict)
-    steps: int | None = None
+    steps: tuple[int | None, ...] = ()
+    """Of every training among the lineage, in its order."""
     checks: tuple[str, ...] = ()
     vllm_rank: int | None = None
     vllm_note: str = ""
@@ -54,6 +55,12 @@ class CardFacts:
     def stage(self, name: str) -> dict[str, Any]:
         """The options of the stage of that name among the ancestors; empty where they are not known."""
         return next((made.options for made in self.lineage if made.stage == name), {})
+
+    @property
+    def trainings(self) -> list[tuple[Manifest, int | None]]:
+        """Every training with its steps, the first one first."""
+        made = [manifest for manifest in self.lineage if manifest.stage == "train"]
+        return list(zip(made, self.steps or [None] * len(made), strict=True))[::-1]
 
     @property
     def compression(self) -> tuple[str, ...]:
@@ -72,12 +79,12 @@ def render(facts: CardFacts) -> str:
         keep_trailing_newline=True,
     )
     text = resources.files("loram.hub").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    train, prune = facts.stage("train"), facts.stage("prune")
+    prune = facts.stage("prune")
+    read = [source for made, _ in facts.trainings for source in made.options.get("data", ())]
     body = environment.from_string(text).render(
         facts=facts,
-        train=train,
         prune=prune,
-        data=names_of(train.get("data", ())),
+        data=names_of(read),
         calibration=names_of(prune.get("calibration", ())),
         scales=next((made.calibration["scales"] for made in facts.lineage if made.calibration), {}),
         version=__version__,
@@ -108,4 +115,4 @@ def header(facts: CardFacts) -> dict[str, Any]:
 
 def names_of(data: Sequence[str]) -> list[str]:
     """Data as it is called in public."""
-    return [name for name in (data_name(item) for item in data) if name]
+    return list(dict.fromkeys(name for name in (data_name(item) for item in data) if name))

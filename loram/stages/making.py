@@ -12,7 +12,7 @@ from loram.errors import LoramError
 from loram.evaluation.advice import Making
 from loram.families.widths import parse_ratio
 
-KINDS = ("small-adapter", "small-model")
+KINDS = ("adapter", "small-adapter", "small-model")
 
 
 def making_of(folders: Iterable[Path | None]) -> Making:
@@ -26,7 +26,8 @@ def making_of(folders: Iterable[Path | None]) -> Making:
             made = replace(made, scaled=bool(options.get("calibrate")))
         if manifest.stage == "train":
             masked = "mask" in manifest.compression and not options.get("unmasked_update")
-            made = replace(made, steps=options.get("steps"), masked=masked)
+            touched = made.touched or (manifest.kind == "adapter" and bool(options.get("adapter")))
+            made = replace(made, steps=options.get("steps"), masked=masked, touched=touched)
         if manifest.stage == "prune":
             calibration = options.get("calibration") or ()
             made = replace(

@@ -20,6 +20,7 @@ from loram.hub.upload import License
 from loram.options import PushOptions, VerifyOptions
 from loram.portability import Verdict
 from loram.stages.verify import ancestors, check_files, verify
+from loram.stages.wiring import FOLDERS
 
 logger = logging.getLogger(__name__)
 RECORD, LADDER = "run.json", "ladder.json"
@@ -39,12 +40,12 @@ class Publication:
     adapter: dict[str, Any]
     vllm: Verdict
     ladder: Ladder | None
-    steps: int | None
+    steps: tuple[int | None, ...]
 
     @property
     def datasets(self) -> list[str]:
         """What the training data could be called on the Hub."""
-        used = next((made.options.get("data", ()) for made in self.lineage if made.stage == "train"), ())
+        used = [source for made in self.lineage if made.stage == "train" for source in made.options.get("data", ())]
         return [name for name in dict.fromkeys(map(data_name, used)) if is_hub_id(name)]
 
     def facts(self, repo: str, license: License | None, datasets: tuple[str, ...]) -> CardFacts:
@@ -87,7 +88,6 @@ def gather(options: PushOptions) -> Publication:
     made = [(place, found) for place in places if (found := read_manifest(place)) is not None]
     lineage = tuple(found for _, found in made)
     adapter: dict[str, Any] = next((read_json(place / CONFIG) for place in places if (place / CONFIG).is_file()), {})
-    trained = next((place for place, found in made if found.stage == "train"), None)
     return Publication(
         folder=folder,
         kind=kind,
@@ -98,7 +98,7 @@ def gather(options: PushOptions) -> Publication:
         adapter=adapter,
         vllm=vllm,
         ladder=ladder_of(options, folder),
-        steps=steps_of(trained) if trained else None,
+        steps=tuple(steps_of(place) for place, found in made if found.stage == "train"),
     )
 
 
@@ -158,9 +158,7 @@ def ladder_of(options: PushOptions, folder: Path) -> Ladder | None:
     """The ladder given, or the one of the run that the folder is part of."""
     run = folder.resolve().parent
     file = Path(options.ladder) if options.ladder else run / LADDER
-    if options.ladder is None and not (
-        file.is_file() and (run / RECORD).is_file() and folder.resolve().name == "adapter"
-    ):
+    if options.ladder is None and not (file.is_file() and (run / RECORD).is_file() and folder.resolve() == final(run)):
         return None
     body = read_json(file)
     body = body.get("ladder", body) if isinstance(body, dict) else body
@@ -176,6 +174,11 @@ def ladder_of(options: PushOptions, folder: Path) -> Ladder | None:
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise InputError(f"{file} is no ladder ({error!r}); give the ladder.json of `loram run`") from None
     return Ladder(rungs, gain_stderr)
+
+
+def final(run: Path) -> Path:
+    """The adapter that a run ends with, which its ladder is about."""
+    return run / FOLDERS["touch_up" if read_json(run / RECORD).get("options", {}).get("touch_up") else "recover"]
 
 
 def steps_of(trained: Path) -> int | None:

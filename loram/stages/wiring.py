@@ -12,7 +12,7 @@ from loram.artifact import read_manifest, sha256_file, sha256_json
 from loram.checkpoint import describe_base
 from loram.data.places import names_one_of, source_path
 from loram.errors import OptionError
-from loram.options import SECTIONS, RunOptions, StageOptions, from_mapping
+from loram.options import SECTIONS, RunOptions, StageOptions, TrainOptions, from_mapping
 from loram.recipe import Recipe, parse_assignment
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ FOLDERS = {
     "quantize": "quantize",
     "train": "train",
     "recover": "adapter",
+    "touch_up": "touched",
     "merge": "merge",
     "ceiling": "ceiling",
 }
@@ -32,7 +33,7 @@ INPUTS = ("model", "given", "adapter", "small", "small_adapter", "large", "base"
 LISTS = ("data", "eval_data", "calibration", "calibrate")
 PLACES = (*INPUTS, *LISTS, "out", "force", "dry_run")
 """Options that say where something is. Digests look at what is there, so that a run may be moved."""
-STAGE_OF = {"ceiling": "train"}
+STAGE_OF = {"ceiling": "train", "touch_up": "train"}
 """Sections that run adds by itself, and the stage each one calls."""
 
 SPOKEN_FOR: dict[str, tuple[tuple[str, ...], str]] = {
@@ -120,6 +121,8 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
     unknown = [name for name in names if name not in WIRES]
     if unknown:
         raise OptionError(f"{options.recipe}: run cannot do {unknown[0]!r}; it does {', '.join(WIRES)}")
+    if options.touch_up and "recover" in names and "touch_up" not in names:
+        names.insert(names.index("recover") + 1, "touch_up")
     if options.ceiling and "train" in names and "ceiling" not in names:
         names.insert(names.index("eval") if "eval" in names else len(names), "ceiling")
     if "eval" in names and not (options.eval_data or recipe.section("eval").get("data")):
@@ -130,7 +133,10 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
         stage = STAGE_OF.get(name, name)
         small = small_before(names[:number], name, recipe)
         place = model if small is None else str(run / FOLDERS[small])
-        filled = WIRES[name](options, run, model, place) | {"seed": options.seed} | recipe.section(stage)
+        own = told_to_touch_up(recipe) if name == "touch_up" else recipe.section(stage)
+        filled = WIRES[name](options, run, model, place) | {"seed": options.seed} | own
+        if "touch_up" in names[:number] and filled.get("adapter") == str(run / FOLDERS["recover"]):
+            filled["adapter"] = str(run / FOLDERS["touch_up"])
         if stage == "prune" and filled.get("method") == "random":
             filled["calibration"] = recipe.section("prune").get("calibration", ())  # streaming is its point
         if name == "ceiling":
@@ -208,6 +214,31 @@ def _recover(options: RunOptions, run: Path, model: str, small: str) -> dict[str
     return {"adapter": str(run / "train")}
 
 
+QUARTER = 0.25
+"""Of the training's rate: steps that go on from what was learnt undo some of it at the rate that it was learnt at."""
+CARRIED = ("data", "columns", "system", "max_length", "long", "packing", "batch", "accumulate", "dtype", "schedule")
+"""What the section `train` says that holds for further steps, too: what is read, and how much of it at a time."""
+
+
+def told_to_touch_up(recipe: Recipe) -> dict[str, Any]:
+    """Of the section `train`, what further steps on the large model share, and a quarter of its rate."""
+    section = recipe.section("train")
+    rate = float(section.get("lr", TrainOptions.__dataclass_fields__["lr"].default))
+    return {key: value for key, value in section.items() if key in CARRIED} | {"lr": rate * QUARTER}
+
+
+def _touch_up(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
+    return {
+        "model": model,
+        "data": options.data,
+        "columns": options.columns,
+        "adapter": str(run / "adapter"),
+        "steps": options.touch_up,
+        "warmup": 0.0,
+        "streamed": True,
+    }
+
+
 def _verify(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
     return {"adapter": str(run / "adapter"), "large": model}
 
@@ -239,6 +270,7 @@ WIRES: dict[str, Callable[[RunOptions, Path, str, str], dict[str, Any]]] = {
     "quantize": _quantize,
     "train": _train,
     "recover": _recover,
+    "touch_up": _touch_up,
     "verify": _verify,
     "merge": _merge,
     "ceiling": _train,

@@ -34,6 +34,14 @@ def test_the_chain_is_followed_from_the_recovered_adapter_alone(folders: Path) -
     assert (made.method, made.ratio, made.task_text, made.steps) == ("structured", Fraction(2, 5), False, 2)
 
 
+def test_steps_on_the_large_model_itself_are_known(folders: Path, tmp_path: Path) -> None:
+    further = {"data": DATA, "steps": 1, "batch": 2, "max_length": 48}
+    loram.train(TINY, adapter=folders / "adapter", streamed=True, out=tmp_path / "touched", **further)
+    made = making_of([tmp_path / "touched"])
+    assert (made.touched, made.method, made.steps) == (True, "structured", 2)
+    assert not making_of([folders / "adapter"]).touched
+
+
 def test_what_is_gone_or_damaged_is_unknown(folders: Path, tmp_path: Path) -> None:
     lone = shutil.copytree(folders / "trained", tmp_path / "lone")
     assert making_of([lone]).method is None
