@@ -221,6 +221,8 @@ def look_identity(options: VerifyOptions, manifest: Manifest | None, adapter: Ad
     """The LoRAM identity on one batch of random tokens."""
     import torch
 
+    if manifest is not None and (manifest.kind, manifest.stage) == ("adapter", "train"):
+        return "not checked: it was trained on the large model itself; the adapter that it began with may be asked"
     large = find_large(options.adapter, manifest, options.large)
     if large is None:
         raise OptionError("the identity needs the large model; add --large FOLDER")

@@ -122,7 +122,9 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
     if unknown:
         raise OptionError(f"{options.recipe}: run cannot do {unknown[0]!r}; it does {', '.join(WIRES)}")
     if options.touch_up and "recover" in names and "touch_up" not in names:
-        names.insert(names.index("recover") + 1, "touch_up")
+        # What verify says of the recovered adapter is no longer so of one that was trained further.
+        last = "verify" if names[names.index("recover") + 1 :][:1] == ["verify"] else "recover"
+        names.insert(names.index(last) + 1, "touch_up")
     if options.ceiling and "train" in names and "ceiling" not in names:
         names.insert(names.index("eval") if "eval" in names else len(names), "ceiling")
     if "eval" in names and not (options.eval_data or recipe.section("eval").get("data")):

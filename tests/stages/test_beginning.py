@@ -73,6 +73,9 @@ def test_a_recovered_adapter_goes_on_on_the_large_model(work: Path, tmp_path: Pa
     assert result.run.loss_first < fresh.run.loss_first
     stock = AutoModelForCausalLM.from_pretrained(work / "large")
     PeftModel.from_pretrained(stock, str(tmp_path / "touched"))
+    checks = {check.name: check for check in loram.verify(tmp_path / "touched", numeric=True).checks}
+    assert all(check.ok for check in checks.values())
+    assert checks["identity"].detail.startswith("not checked: it was trained on the large model itself")
 
 
 def test_an_adapter_brings_its_own_configuration(work: Path, tmp_path: Path) -> None:

@@ -225,3 +225,23 @@ def test_a_recipe_may_quantize_the_whole_model(options: RunOptions) -> None:
     assert alone.stages[0]["options"]["model"] == str(run_folder / "quantize")
     result = run(options)
     assert result.ladder.rung("large + recovered").loss < result.ladder.rung("base").loss
+
+
+def test_a_run_may_go_on_on_the_large_model(options: RunOptions) -> None:
+    touching = change(options, touch_up=2)
+    result = run(touching)
+    folder = Path(options.out)
+    assert [stage["name"] for stage in result.stages] == ["prune", "train", "recover", "verify", "touch_up", "eval"]
+    stage = {each["name"]: each for each in result.stages}
+    told = stage["touch_up"]["options"]
+    assert (told["steps"], told["lr"], told["streamed"], told["batch"], told["max_length"]) == (2, 2.5e-4, True, 2, 48)
+    assert told["adapter"] == str(folder / "adapter")
+    assert stage["verify"]["options"]["adapter"] == told["adapter"]
+    assert stage["eval"]["options"]["adapter"] == str(folder / "touched")
+    assert result.adapter == str(folder / "touched")
+    assert "merge" in result.next_command
+    assert str(folder / "touched") in result.next_command
+    assert skipped(run(touching)) == ["prune", "train", "recover", "verify", "touch_up", "eval"]
+    without = run(options)
+    assert skipped(without) == ["prune", "train", "recover", "verify"]
+    assert without.adapter == str(folder / "adapter")
