@@ -71,7 +71,7 @@ def touching(made: Making) -> str:
     """Steps on the large model itself: what did not carry over is learnt there."""
     if made.touched or not cut(made):
         return ""
-    command = "`loram train LARGE --adapter ADAPTER --streamed --steps 4`, or `loram run --touch-up 4`"
+    command = "`loram train LARGE --adapter ADAPTER --streamed --steps 8`, or `loram run --touch-up 8`"
     return f"take a few steps on the large model itself, one layer in memory at a time ({command})"
 
 
