@@ -9,7 +9,7 @@ from loram.option_fields import argument, flag, option, require
 from loram.prune_options import StreamOptions
 from loram.train_options import ResumeOptions
 
-METHODS = ("distill", "lm", "refit", "block")
+METHODS = ("block", "refit", "distill", "lm")
 SCOPES = ("all", "lora", "norms")
 RATES = {"all": 1e-4, "lora": 1e-3, "norms": 1e-3}
 """The peak learning rate of lm and distill where none is given, by --scope."""
@@ -112,8 +112,8 @@ class AlignOptions(AlignInputs):
     """Make a small model behave like the large one again."""
 
     method: str = option(
-        "distill",
-        "distill (KL to the large model), lm (next tokens), refit (closed form) or block (layer by layer).",
+        "block",
+        "block (steps layer by layer), refit (closed form), distill (KL to the large model) or lm (next tokens).",
         choices=METHODS,
     )
     scope: str = option(

@@ -104,23 +104,28 @@ def training_memory(model: Model, work: Workload, hardware: Hardware = CUDA) -> 
     return max(step, loading, key=lambda plan: plan.total)
 
 
-def alignment_memory(large: Model, small: Model, work: Workload, hardware: Hardware = CUDA) -> MemoryPlan:
-    """Peak of `align` as it is by default: distillation of all weights but the head, the large model beside them.
+def reconstruction_memory(large: Model, small: Model, windows: tuple[int, ...], value_bytes: int) -> MemoryPlan:
+    """Peak of `align` as it is by default, layer by layer: an estimate.
 
-    What is trained is fp32, with autocast's copy, its gradient and AdamW's two moments: an estimate, not compared with
-    measurements. `--scope lora`, `--teacher-cache`, `--method refit` and `block` need less.
+    `windows`: how many, tokens in each, how many in a batch. A layer of the small model is trained in fp32, with
+    autocast's copy, its gradient, AdamW's two moments and what it was; one of the large model is beside it, and three
+    streams of hidden states.
     """
+    samples, length, batch = windows
     geometry = family_of(small.config).geometry(small.config)
-    trained = count(small.config, small.widths).total - geometry.vocab * geometry.hidden
-    moving = step_parts(small, replace(work, rank=0), hardware)
+    above, below = (
+        max(sum(out * into for out, into in layer.linears.values()) for layer in layers_of(model.config, model.widths))
+        for model in (large, small)
+    )
+    states = 3 * samples * length * geometry.hidden * value_bytes
     parts = {
-        "runtime": hardware.training,
-        "weights": trained * (4 + (work.value_bytes if work.mixed else 0)) + geometry.vocab * geometry.hidden * 4,
-        "large model": count(large.config).total * work.value_bytes,
-        "gradients": trained * 4,
-        "optimizer": trained * 8,
+        "runtime": CPU.training,
+        "layers": above * value_bytes + below * (4 + 4 + 8 + 2 * value_bytes),
+        "tiles": TILE,
+        "hidden states": states if states <= HIDDEN_MEMORY else 0,  # else they are in a file
+        "activations": batch * length * (geometry.mlp * 3 + geometry.hidden * 6) * 4 * 2,
     }
-    return MemoryPlan(parts | moving | {"allocator": int(hardware.allocator * sum(moving.values()))})
+    return MemoryPlan(parts)
 
 
 def resident(model: Model, work: Workload, hardware: Hardware) -> dict[str, int]:

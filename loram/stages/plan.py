@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,20 @@ from loram.memory_model import (
     HARDWARE,
     MemoryPlan,
     Model,
-    alignment_memory,
     calibrated_memory,
+    reconstruction_memory,
     recovery_memory,
     streaming_memory,
     training_memory,
 )
-from loram.options import PlanOptions
+from loram.options import AlignOptions, PlanOptions
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
 from loram.sizes import Counts, count, paper_bytes, weight_bytes
 
 BAR = 24
+ALIGNED = AlignOptions(model="-")
+"""`align` as it is by default."""
 DENSE = (
     "single weights are pruned: their zeros are stored, so bytes and memory are those of the large model, and training "
     "has a mask of one bit a weight on its updates"
@@ -179,9 +181,10 @@ def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
     large, small = count(config), count(small_model.config, small_model.widths)
     memory = None if options.memory is None else parse_bytes(options.memory)
     tried, choice = choices(options, config, memory) if memory is not None else ((), None)
+    windows = (ALIGNED.samples, ALIGNED.length, ALIGNED.batch)
     peaks = {
         "prune": prune_memory(options, config),
-        "align": alignment_memory(Model(config), replace(small_model, quantize="none"), work, hardware),
+        "align": reconstruction_memory(Model(config), small_model, windows, work.value_bytes),
         "train": training_memory(small_model, work, hardware),
         "recover": recovery_memory(config, options.rank, options.targets),
         "merge": streaming_memory(),

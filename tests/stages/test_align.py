@@ -47,7 +47,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(work: Path, out: Path, **changes: Any) -> AlignOptions:
     plain = {"model": str(work / "small"), "out": str(out), "data": (str(work / "text.txt"),), "length": 32}
-    running = {"dtype": "fp32", "batch": 2, "steps": 12, "samples": 12, "held_out": 6, "log_every": 1}
+    running = {
+        "method": "distill",
+        "dtype": "fp32",
+        "batch": 2,
+        "steps": 12,
+        "samples": 12,
+        "held_out": 6,
+        "log_every": 1,
+    }
     return AlignOptions(**{**plain, **running, **changes})
 
 

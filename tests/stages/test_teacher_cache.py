@@ -43,7 +43,13 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def options(work: Path, out: Path, cache: Path | None, **changes: Any) -> AlignOptions:
     plain = {"model": str(work / "small"), "out": str(out), "data": ("builtin",), "length": 24, "batch": 2, "steps": 5}
-    more = {"dtype": "fp32", "held_out": 2, "log_every": 1, "teacher_cache": None if cache is None else str(cache)}
+    more = {
+        "method": "distill",
+        "dtype": "fp32",
+        "held_out": 2,
+        "log_every": 1,
+        "teacher_cache": None if cache is None else str(cache),
+    }
     return AlignOptions(**{**plain, **more, **changes})
 
 
