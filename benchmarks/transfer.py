@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.cells import RESULTS
 from benchmarks.findings import findings
-from benchmarks.grid import LEVERS, METHODS, MODELS, RATES, SPARSIFIED, TASKS, UNCUT, Cell
+from benchmarks.grid import DEEP, LEVERS, METHODS, MODELS, RATES, SPARSIFIED, TASKS, UNCUT, Cell
 from benchmarks.kept_gain import Outcome, Records, spelled
 from benchmarks.pictures import Bar, Line, bars, lines
 
@@ -22,6 +22,8 @@ FOUR = (
     ("unstructured", "unstructured-distill", "50 % single weights"),
 )
 NOT_RUN = "not run"
+NARROWER = ("distill", "taylor", "taylor-block", "random-touched", "taylor-touched")
+"""Rows with the first and the last layer left whole, besides those that both parts of the table have."""
 Row = tuple[str, str, tuple[int, int] | None]
 
 
@@ -31,12 +33,14 @@ def rows(model: str) -> list[Row]:
     for keep in MODELS[model].keep:
         found += [(name, "0.5", keep) for name in ("random", "structured", "refit-general", "refit", "depth")]
         found += [(name, "0.5", keep) for name in LEVERS if keep == FIRST]
-        found += [(name, "0.5", keep) for name in ("distill", "taylor") if keep != FIRST]
+        found += [(name, "0.5", keep) for name in NARROWER if keep != FIRST]
     found += [(name, "0.5", keep) for keep in MODELS[model].keep for name in ("taylor-calibrated", "refit-calibrated")]
     found += [(name, "0.5", None) for name in SPARSIFIED]
     return (
         found
+        + [("taylor-block-nf4", "0.5", FIRST)]
         + [(name, ratio, FIRST) for name in ("taylor-nf4", "refit-nf4") for ratio in RATIOS[:3]]
+        + [(name, "0.7", FIRST) for name in DEEP]
         + [("refit", ratio, FIRST) for ratio in ("0.3",)]
     )
 
@@ -163,9 +167,16 @@ SHORT: tuple[tuple[str, Row], ...] = (
     ("4 bit, nothing cut (`quantize`)", ("nf4", "", None)),
     ("4 bit, and 0.3 cut", ("taylor-nf4", "0.3", FIRST)),
     ("4 bit, and 0.5 cut", ("taylor-nf4", "0.5", FIRST)),
+    ("4 bit, and 0.5 cut, repaired layer by layer before (`align`)", ("taylor-block-nf4", "0.5", FIRST)),
     ("16 bit, 0.5 cut, as `run` does it: by gradients, refit on half task text", ("taylor", "0.5", FIRST)),
     ("the same, and scales chosen on the large model (`recover --calibrate`)", ("taylor-calibrated", "0.5", FIRST)),
-    ("without those, cut by Wanda (`--score wanda`)", ("refit", "0.5", FIRST)),
+    ("the same without them, repaired layer by layer before training (`align`)", ("taylor-block", "0.5", FIRST)),
+    (
+        "the same, then 8 steps on the large model, one layer in memory (`--touch-up 8`)",
+        ("taylor-touched", "0.5", FIRST),
+    ),
+    ("nothing but those 8 steps", ("touch-alone", "", None)),
+    ("16 bit, 0.5 cut by Wanda (`--score wanda`)", ("refit", "0.5", FIRST)),
     ("the same, refit on general text alone", ("refit-general", "0.5", FIRST)),
     ("16 bit, 0.5 cut at random", ("random", "0.5", FIRST)),
 )
