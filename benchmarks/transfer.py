@@ -170,9 +170,9 @@ SHORT: tuple[tuple[str, Row], ...] = (
     ("4 bit, and 0.5 cut, repaired layer by layer before (`align`)", ("taylor-block-nf4", "0.5", FIRST)),
     ("16 bit, 0.5 cut, as `run` does it: by gradients, refit on half task text", ("taylor", "0.5", FIRST)),
     ("the same, and scales chosen on the large model (`recover --calibrate`)", ("taylor-calibrated", "0.5", FIRST)),
-    ("the same without them, repaired layer by layer before training (`align`)", ("taylor-block", "0.5", FIRST)),
+    ("as `run` does it, and repaired layer by layer before training (`align`)", ("taylor-block", "0.5", FIRST)),
     (
-        "the same, then 8 steps on the large model, one layer in memory (`--touch-up 8`)",
+        "as `run` does it, then 8 steps on the large model, one layer in memory (`run --touch-up 8`)",
         ("taylor-touched", "0.5", FIRST),
     ),
     ("nothing but those 8 steps", ("touch-alone", "", None)),

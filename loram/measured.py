@@ -12,6 +12,9 @@ KEPT = {
     "refit-general": 0.78,
     "refit": 0.85,
     "taylor": 0.90,
+    "taylor-touched": 0.95,
+    "taylor-nf4": 0.86,
+    "taylor-block-nf4": 0.91,
 }
 """By method of `benchmarks/grid.py`: the mean over the seeds that were run, to a percent."""
 
@@ -26,7 +29,10 @@ def because(ratio: str | None, quantize: str) -> str:
     )
     if ratio is None:
         return f"bits before cuts: {bits}"
+    repair = f"`loram align`: {KEPT['taylor-nf4']:.0%} to {KEPT['taylor-block-nf4']:.0%}"
+    touching = f"`loram run --touch-up 8`: {KEPT['taylor']:.0%} to {KEPT['taylor-touched']:.0%} in 16 bit"
     return (
         f"{bits}, so bits first and the mildest cut that fits; calibrate it half on your own text (by Wanda that kept "
-        f"{KEPT['refit']:.0%}, and {KEPT['refit-general']:.0%} on general text alone)"
+        f"{KEPT['refit']:.0%}, and {KEPT['refit-general']:.0%} on general text alone); before it is rounded to 4 bit "
+        f"repair it layer by layer ({repair}), and end with a few steps on the large model itself ({touching})"
     )

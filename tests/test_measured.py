@@ -22,6 +22,8 @@ def test_figures_are_those_of_the_records(method: str) -> None:
 def test_the_order_of_the_advice_is_that_of_the_figures() -> None:
     """Bits before cuts, task text before general text."""
     assert KEPT["nf4"] > KEPT["taylor"] > KEPT["refit"] > KEPT["refit-general"]
+    assert KEPT["taylor-touched"] > KEPT["taylor"]
+    assert KEPT["taylor-block-nf4"] > KEPT["taylor-nf4"]
 
 
 def test_every_sentence_stands_on_figures() -> None:
@@ -30,3 +32,5 @@ def test_every_sentence_stands_on_figures() -> None:
     cut = because("0.65", "nf4")
     assert "bits first" in cut
     assert "calibrate" in cut
+    assert "align" in cut
+    assert "--touch-up" in cut

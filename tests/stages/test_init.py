@@ -55,7 +55,10 @@ def test_memory_decides_the_ratio(folder: Path) -> None:
     assert (roomy["prune"]["ratio"], "quantize" in roomy) == (0.5, False)
     assert ("prune" in tight, tight["quantize"]) == (False, {"type": "nf4"})
     assert tightest["quantize"] == {"type": "nf4"}
-    assert 0 < tightest["prune"]["ratio"] < 1
+    assert 0.5 < tightest["prune"]["ratio"] < 1
+    assert list(tightest)[:5] == ["run", "prune", "align", "quantize", "train"]
+    assert "align" not in roomy
+    assert "align" not in tight
     with pytest.raises(ResourceError, match="fits into 1GiB"):
         init(InitOptions(model="large", data=("a",), memory="1GiB", out="mine.yaml"))
     assert [path.name for path in folder.iterdir()] == ["large"]
