@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
         "train_options",
         "errors",
     }
-    | {"progress", "results", "version", "memory", "measured"},
+    | {"progress", "results", "version", "memory", "measured", "importing"},
     {
         "pruning_map",
         "axes",

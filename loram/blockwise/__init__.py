@@ -22,10 +22,13 @@ memory, or in a file in `spill` when they outgrow `hidden_memory`. `forward_pass
 earlier call stopped.
 """
 
-from loram.blockwise.hidden import Hidden
-from loram.blockwise.observers import Cosine, Fluctuation, MeanVariance, Norm, SecondMoment, shared_inputs
-from loram.blockwise.resuming import backward_pass, forward_pass
-from loram.blockwise.runner import Block, BlockRunner
+from loram.importing import collecting_paused
+
+with collecting_paused():  # of torch and transformers
+    from loram.blockwise.hidden import Hidden
+    from loram.blockwise.observers import Cosine, Fluctuation, MeanVariance, Norm, SecondMoment, shared_inputs
+    from loram.blockwise.resuming import backward_pass, forward_pass
+    from loram.blockwise.runner import Block, BlockRunner
 
 __all__ = [
     "Block",

@@ -13,6 +13,7 @@ from importlib import import_module
 from os import PathLike
 from typing import Any, TypeVar, get_type_hints
 
+from loram.importing import collecting_paused
 from loram.options import SECTIONS, StageOptions, from_mapping, require
 from loram.progress import SILENT, Progress
 from loram.recipe import said_outright
@@ -42,7 +43,8 @@ Options = TypeVar("Options", bound=StageOptions)
 def stage_function(name: str) -> Callable[[Any, Progress], StageResult]:
     """The function of a stage; imports its module, and with it torch where the stage needs it."""
     module, _, function = STAGE_FUNCTIONS[name].partition(":")
-    found: Callable[[Any, Progress], StageResult] = getattr(import_module(module), function)
+    with collecting_paused():
+        found: Callable[[Any, Progress], StageResult] = getattr(import_module(module), function)
     return found
 
 
