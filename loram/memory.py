@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import re
 import resource
 import shutil
@@ -124,3 +125,11 @@ def return_large_blocks(size: int = 8 * 2**20) -> None:
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_THRESHOLD, size)
         library.mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
+
+
+def give_back() -> None:
+    """Return to the system what nobody uses any more (glibc; elsewhere it is only collected): after a training the heap
+    holds gigabytes of holes, which would count as the next stage's memory, and be missing to it."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

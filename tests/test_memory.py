@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from loram.errors import OptionError
-from loram.memory import _group_leaves, available_bytes, format_bytes, parse_bytes, peak_bytes, resident_bytes
+from loram.memory import (
+    _group_leaves,
+    available_bytes,
+    format_bytes,
+    give_back,
+    parse_bytes,
+    peak_bytes,
+    resident_bytes,
+)
 
 GIB = 2**30
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -88,3 +96,14 @@ print(heap() - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 12 * 2**20
+
+
+@linux
+def test_holes_in_the_heap_are_given_back() -> None:
+    blocks = [bytearray(b"x" * 100_000) for _ in range(2000)]
+    last = blocks[-1]  # what stands at the end keeps the C library from giving back what lies before it
+    full = resident_bytes()
+    del blocks
+    give_back()
+    assert resident_bytes() < full - 100_000_000
+    assert len(last) == 100_000

@@ -27,7 +27,7 @@ from loram.checkpoint import describe_base
 from loram.data.places import source_path
 from loram.errors import Interrupted, MismatchError, OutputError
 from loram.hub.download import resolve_model
-from loram.memory import format_bytes, peak_bytes, restart_peak
+from loram.memory import format_bytes, give_back, peak_bytes, restart_peak
 from loram.option_fields import command_line
 from loram.options import PushOptions, RunOptions
 from loram.progress import SILENT, Progress
@@ -166,6 +166,7 @@ def do(step: Step, record: Record, progress: Progress) -> StageResult | None:
         return None
     logger.info("── %s", step.name)
     options = replace(step.options, force=True) if step.out is not None else step.options  # type: ignore[call-arg]
+    give_back()
     restart_peak()
     began = time.monotonic()
     result = stage_function(step.stage)(options, progress)
