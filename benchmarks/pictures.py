@@ -20,7 +20,7 @@ STYLE = """  <style>
       .large { fill: #56b4e9; stroke: #56b4e9 } .small { fill: #f0a35c; stroke: #f0a35c } .seed { fill: #e6edf3 }
     }
   </style>"""
-LEFT, WIDTH, STEP, TOP = 330, 480, 26, 44
+LEFT, WIDTH, STEP, TOP = 500, 480, 26, 44
 
 
 @dataclass(frozen=True)

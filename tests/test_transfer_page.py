@@ -15,7 +15,7 @@ from benchmarks import transfer
 from benchmarks.cells import RESULTS
 from benchmarks.grid import RATES, Cell, grid
 from benchmarks.kept_gain import Records, Rows, is_current, kept_gain
-from benchmarks.pictures import Bar, Line, bars, lines, spread
+from benchmarks.pictures import LEFT, Bar, Line, bars, lines, spread
 
 
 def rows(seed: int, scale: float = 1.0) -> Rows:
@@ -160,3 +160,9 @@ def test_lines_keep_their_order_and_labels_apart() -> None:
     assert first[0] == second[0]
     assert float(first[1].split(",")[1]) < float(second[1].split(",")[1])  # a higher loss is drawn higher
     assert spread([10, 11, 50]) == [10, 26, 50]
+
+
+def test_no_label_is_cut_off() -> None:
+    """A letter of the picture's 14 px is 7 wide at most on average; the labels end 12 before the axis."""
+    shown = [transfer.label(row) + " (1/1)" * (row[2] == (1, 1)) for row in transfer.rows(transfer.MODEL)]
+    assert max(map(len, shown)) * 7 <= LEFT - 12
