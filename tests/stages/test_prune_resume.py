@@ -342,6 +342,7 @@ def test_killed_in_the_middle_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # some ways have many operations, and each kill is a process
 @pytest.mark.parametrize("name", [*HOW])
 def test_killed_at_every_file_operation(name: str, tmp_path: Path) -> None:
     figures = killed(tmp_path, [name], 0)[name]
