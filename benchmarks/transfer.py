@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.cells import RESULTS
-from benchmarks.findings import findings
+from benchmarks.findings import FIRST, NOT_RUN, findings
 from benchmarks.grid import DEEP, LEVERS, METHODS, MODELS, RATES, SPARSIFIED, TASKS, UNCUT, Cell
 from benchmarks.kept_gain import Outcome, Records, spelled
 from benchmarks.pictures import Bar, Line, bars, lines
 
 MODEL, TASK = "smollm2-135m", "gsm8k"
-FIRST = (4, 2)
 RATIOS = ("0.3", "0.5", "0.7", "0.9")
 FOUR = (
     ("random", "random-distill", "random heads and channels"),
@@ -21,7 +20,6 @@ FOUR = (
     ("semi", "semi-distill", "2:4 single weights"),
     ("unstructured", "unstructured-distill", "50 % single weights"),
 )
-NOT_RUN = "not run"
 NARROWER = ("distill", "taylor", "taylor-block", "random-touched", "taylor-touched")
 """Rows with the first and the last layer left whole, besides those that both parts of the table have."""
 Row = tuple[str, str, tuple[int, int] | None]

@@ -120,14 +120,17 @@ class Adapter:
         }
         return replace(self.map_pairs(fold), config=config)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All factors by the names that PEFT knows them by."""
+        found: dict[str, Tensor] = {}
+        for module, pair in self.pairs.items():
+            names = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
+            found |= {f"{PREFIX}{module}.{name}": value for name, value in zip(names, (pair.a, pair.b), strict=True)}
+        return found
+
     def save(self, folder: str | Path, base_id: str) -> None:
         """Write adapter_config.json and adapter_model.safetensors: plain lora_A/lora_B keys, nothing else."""
-        tensors: dict[str, Tensor] = {}
-        for module, pair in self.pairs.items():
-            suffix = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
-            for name, value in zip(suffix, (pair.a, pair.b), strict=True):
-                tensors[f"{PREFIX}{module}.{name}"] = value.contiguous()
-        write_tensors(Path(folder) / WEIGHTS, tensors)
+        write_tensors(Path(folder) / WEIGHTS, {name: value.contiguous() for name, value in self.tensors().items()})
         write_json(Path(folder) / CONFIG, saved_config(self.config, base_id))
 
 

@@ -113,10 +113,7 @@ def reconstruction_memory(large: Model, small: Model, windows: tuple[int, ...], 
     """
     samples, length, batch = windows
     geometry = family_of(small.config).geometry(small.config)
-    above, below = (
-        max(sum(out * into for out, into in layer.linears.values()) for layer in layers_of(model.config, model.widths))
-        for model in (large, small)
-    )
+    above, below = largest_layer(large), largest_layer(small)
     states = 3 * samples * length * geometry.hidden * value_bytes
     parts = {
         "runtime": CPU.training,
@@ -141,11 +138,13 @@ def resident(model: Model, work: Workload, hardware: Hardware) -> dict[str, int]
 def largest_piece(model: Model) -> int:
     """Parameters of what a streamed training holds at a time: of the largest layer, or of the output head."""
     geometry = family_of(model.config).geometry(model.config)
+    return max(geometry.vocab * geometry.hidden, largest_layer(model))
+
+
+def largest_layer(model: Model) -> int:
+    """Parameters of the Linears of the largest layer."""
     layers = layers_of(model.config, model.widths)
-    return max(
-        geometry.vocab * geometry.hidden,
-        *(sum(out * into for out, into in layer.linears.values()) for layer in layers),
-    )
+    return max(sum(out * into for out, into in layer.linears.values()) for layer in layers)
 
 
 def lora_parts(model: Model, work: Workload) -> dict[str, int]:

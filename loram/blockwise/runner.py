@@ -199,16 +199,22 @@ class BlockRunner:
         """
         hidden = self.hidden(windows.shape)
         table: Any = self.model.get_decoder().embed_tokens
-        ids, places = torch.unique(windows, return_inverse=True)
+        with self.holding_rows(table, windows) as places:
+            for start in range(0, len(hidden), self.rows):
+                part = slice(start, start + self.rows)
+                hidden.write(part, table(places[part].to(self.device)))
+        return hidden
+
+    @contextmanager
+    def holding_rows(self, table: Any, tokens: Tensor) -> Iterator[Tensor]:
+        """While the context lasts, the embedding module holds the rows of these token ids alone; their places there."""
+        ids, places = torch.unique(tokens, return_inverse=True)
         padding, table.padding_idx = table.padding_idx, None
         try:
-            with self.filled(table, {"weight": self.table_rows(ids)}):
-                for start in range(0, len(hidden), self.rows):
-                    part = slice(start, start + self.rows)
-                    hidden.write(part, table(places[part].to(self.device)))
+            with self.filled(table, {"weight": self._table_rows(ids.cpu())}):
+                yield places
         finally:
             table.padding_idx = padding
-        return hidden
 
     def blocks(self, hidden: Hidden, start: int = 0, stop: int | None = None) -> Iterator[Block]:
         """Blocks `start` to `stop` in turn, each with its weights until the next one is asked for."""
@@ -270,7 +276,7 @@ class BlockRunner:
             weight[start : start + len(tile)].copy_(tile)
         return weight if self.edit is None else self.edit(name, weight)
 
-    def table_rows(self, ids: Tensor) -> Tensor:
+    def _table_rows(self, ids: Tensor) -> Tensor:
         """The rows of the embedding that belong to sorted token ids."""
         name = f"{self.family.embedding.name}.weight"
         if self.edit is not None:

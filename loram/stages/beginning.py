@@ -18,6 +18,7 @@ from loram.option_fields import flag
 from loram.options import TrainOptions
 from loram.stages.masking import is_masked
 from loram.stages.pairing import check_pair
+from loram.training.checkpoints import shown
 
 
 def begun_with(options: TrainOptions, folder: Path, small: Manifest | None) -> TrainOptions:
@@ -75,13 +76,3 @@ def as_options(adapter: Adapter) -> dict[str, Any]:
             f"{m}={value:g}" for m, value in sorted(alphas.items()) if abs(value / alpha - 1) > 1e-6
         ),
     }
-
-
-def first_factors(options: TrainOptions) -> Adapter | None:
-    """The adapter that training begins with; None for fresh factors."""
-    return None if options.adapter is None else load_adapter(options.adapter)
-
-
-def shown(value: Any) -> str:
-    """A value as it is typed."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

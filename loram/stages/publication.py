@@ -20,7 +20,7 @@ from loram.hub.upload import License
 from loram.options import PushOptions, VerifyOptions
 from loram.portability import Verdict
 from loram.stages.verify import ancestors, check_files, verify
-from loram.stages.wiring import FOLDERS
+from loram.stages.wiring import final_adapter
 
 logger = logging.getLogger(__name__)
 RECORD, LADDER = "run.json", "ladder.json"
@@ -158,7 +158,7 @@ def ladder_of(options: PushOptions, folder: Path) -> Ladder | None:
     """The ladder given, or the one of the run that the folder is part of."""
     run = folder.resolve().parent
     file = Path(options.ladder) if options.ladder else run / LADDER
-    if options.ladder is None and not (file.is_file() and (run / RECORD).is_file() and folder.resolve() == final(run)):
+    if options.ladder is None and not (file.is_file() and (run / RECORD).is_file() and is_final(folder, run)):
         return None
     body = read_json(file)
     body = body.get("ladder", body) if isinstance(body, dict) else body
@@ -176,9 +176,10 @@ def ladder_of(options: PushOptions, folder: Path) -> Ladder | None:
     return Ladder(rungs, gain_stderr)
 
 
-def final(run: Path) -> Path:
-    """The adapter that a run ends with, which its ladder is about."""
-    return run / FOLDERS["touch_up" if read_json(run / RECORD).get("options", {}).get("touch_up") else "recover"]
+def is_final(folder: Path, run: Path) -> bool:
+    """Whether a folder is the adapter that a run ended with, which its ladder is about."""
+    touch_up = read_json(run / RECORD).get("options", {}).get("touch_up", 0)
+    return str(folder.resolve()) == final_adapter(run, touch_up)
 
 
 def steps_of(trained: Path) -> int | None:

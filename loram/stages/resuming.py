@@ -55,8 +55,7 @@ def inputs_of(options: TrainOptions) -> tuple[str, ...]:
 def writing(options: TrainOptions, out: Path) -> Iterator[Draft]:
     """The draft of OUT, which process 0 finishes and puts in place; the others get the folder and leave it alone."""
     if is_writer():
-        inputs = inputs_of(options)
-        with drafting(out, force=options.force, inputs=inputs, keep_partial=True) as draft:
+        with drafting(out, force=options.force, inputs=inputs_of(options), keep_partial=True) as draft:
             yield draft
     else:
         yield Draft(out.with_name(out.name + ".partial"), out)

@@ -35,7 +35,7 @@ from loram.recipe import Recipe, load_recipe
 from loram.results import StageResult
 from loram.stages import stage_function
 from loram.stages.push import check_ahead
-from loram.stages.wiring import FOLDERS, Step, settle, wire
+from loram.stages.wiring import Step, final_adapter, settle, wire
 
 logger = logging.getLogger(__name__)
 RECORD = "run.json"
@@ -94,7 +94,7 @@ def run(options: RunOptions, progress: Progress = SILENT) -> RunResult:
         for step in steps:
             work_on(step, options, record, progress)
         close_run(folder, options, recipe, record, describe_base(model, seen_from=folder))
-    adapter = folder / FOLDERS["touch_up" if any(step.name == "touch_up" for step in steps) else "recover"]
+    adapter = Path(final_adapter(folder, options.touch_up))
     return RunResult(
         stages=tuple(record.stages[step.name] for step in steps),
         ladder=record.ladder(),

@@ -137,8 +137,6 @@ def wire(options: RunOptions, recipe: Recipe, model: str) -> list[Step]:
         place = model if small is None else str(run / FOLDERS[small])
         own = told_to_touch_up(recipe) if name == "touch_up" else recipe.section(stage)
         filled = WIRES[name](options, run, model, place) | {"seed": options.seed} | own
-        if "touch_up" in names[:number] and filled.get("adapter") == str(run / FOLDERS["recover"]):
-            filled["adapter"] = str(run / FOLDERS["touch_up"])
         if stage == "prune" and filled.get("method") == "random":
             filled["calibration"] = recipe.section("prune").get("calibration", ())  # streaming is its point
         if name == "ceiling":
@@ -241,16 +239,21 @@ def _touch_up(options: RunOptions, run: Path, model: str, small: str) -> dict[st
     }
 
 
+def final_adapter(run: Path, touch_up: int) -> str:
+    """The adapter that a run ends with, which is measured, merged and pushed."""
+    return str(run / FOLDERS["touch_up" if touch_up else "recover"])
+
+
 def _verify(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
     return {"adapter": str(run / "adapter"), "large": model}
 
 
 def _merge(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
-    return {"adapter": str(run / "adapter"), "base": model}
+    return {"adapter": final_adapter(run, options.touch_up), "base": model}
 
 
 def _push(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
-    return {"adapter": str(run / "adapter"), "large": model}
+    return {"adapter": final_adapter(run, options.touch_up), "large": model}
 
 
 def _eval(options: RunOptions, run: Path, model: str, small: str) -> dict[str, Any]:
@@ -259,7 +262,7 @@ def _eval(options: RunOptions, run: Path, model: str, small: str) -> dict[str, A
         "data": options.eval_data,
         "columns": options.columns,
         "compare": True,
-        "adapter": str(run / "adapter"),
+        "adapter": final_adapter(run, options.touch_up),
         "small": None if small == model else small,
         "small_adapter": str(run / "train"),
         "ceiling": str(run / "ceiling") if options.ceiling else None,

@@ -92,7 +92,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], data: str = "
 
 def shown(value: Any) -> str:
     """A value as it is typed."""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def find_start(out: Path, options: ResumeOptions, now: Mapping[str, Any]) -> Checkpoint | None:

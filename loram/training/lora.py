@@ -21,7 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from loram.adapter import CONFIG, MASKED_TYPE, PREFIX, WEIGHTS, Adapter
+from loram.adapter import CONFIG, MASKED_TYPE, WEIGHTS, Adapter
 from loram.artifact import read_json, write_json
 from loram.errors import OptionError
 from loram.masks import Masks
@@ -179,11 +179,7 @@ def attach_masked(model: Any, adapter: Adapter, masks: Masks) -> PeftModel:
 
 def with_factors(model: PeftModel, adapter: Adapter) -> PeftModel:
     """The wrapped model with an adapter's A and B in place of its own."""
-    state: dict[str, Any] = {}
-    for module, pair in adapter.pairs.items():
-        names = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
-        state |= {f"{PREFIX}{module}.{name}": value for name, value in zip(names, (pair.a, pair.b), strict=True)}
-    set_peft_model_state_dict(model, state)
+    set_peft_model_state_dict(model, adapter.tensors())
     return model
 
 

@@ -39,7 +39,6 @@ def streamed_model(folder: Path, dtype: str) -> Iterator[Any]:
         model, decoder = runner.model, runner.model.get_decoder()
         let_go(model)
         decoder.norm.weight = nn.Parameter(runner.read(f"{runner.family.norm.name}.weight"), requires_grad=False)
-        decoder.embed_tokens.padding_idx = None  # of no use to a frozen table, and no number of the rows that are held
         decoder.embed_tokens.forward = partial(embed, runner, decoder.embed_tokens, decoder.embed_tokens.forward)
         for number, layer in enumerate(decoder.layers):
             layer.forward = partial(compute, runner, layer, f"{runner.family.prefix}{number}", layer.forward)
@@ -78,8 +77,7 @@ def compute(
 
 def embed(runner: BlockRunner, table: nn.Module, stock: Callable[..., Tensor], ids: Tensor) -> Tensor:
     """The embeddings of some tokens, holding only their rows of the table."""
-    found, places = torch.unique(ids, return_inverse=True)
-    with runner.filled(table, {"weight": runner.table_rows(found.cpu())}):
+    with runner.holding_rows(table, ids) as places:
         return stock(places)
 
 
