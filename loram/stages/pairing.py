@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from loram.artifact import Manifest, find_location, read_manifest
+from loram.artifact import Manifest, read_manifest
 from loram.checkpoint import describe_base
 from loram.errors import InputError, KindError, MismatchError
+from loram.stages.verify import ancestors
 
 logger = logging.getLogger(__name__)
 MODELS = (None, "small-model", "merged-model")
@@ -54,7 +55,7 @@ def check_pair(model: Path, adapter: Path) -> None:
 
 
 def parent_folder(folder: Path, kind: str, given: str | None, flag: str) -> Path | None:
-    """The artifact of `kind` that `folder` was made from: as given, or where the manifest's hint leads.
+    """The artifact of `kind` that `folder` was made from, at once or by steps: as given, or where manifests lead.
 
     None, with a warning that names the flag, where it cannot be found; a folder of another digest is not it.
     """
@@ -66,11 +67,9 @@ def parent_folder(folder: Path, kind: str, given: str | None, flag: str) -> Path
         if manifest is not None and manifest.kind != kind:
             raise KindError(f"{flag} {given} is a {manifest.kind}; expected a {kind}")
         return path
-    manifest = read_manifest(folder)
-    for parent in manifest.parents if manifest else ():
-        place = find_location(parent.location, folder) if parent.kind == kind else None
-        found = read_manifest(place) if place else None
-        if place and found and found.digest() == parent.digest:
+    for place in ancestors(folder):
+        found = read_manifest(place)
+        if found is not None and found.kind == kind:
             return place
     logger.warning("the %s that %s was made from was not found; give it with %s to see its rungs", kind, folder, flag)
     return None

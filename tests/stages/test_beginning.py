@@ -76,6 +76,9 @@ def test_a_recovered_adapter_goes_on_on_the_large_model(work: Path, tmp_path: Pa
     checks = {check.name: check for check in loram.verify(tmp_path / "touched", numeric=True).checks}
     assert all(check.ok for check in checks.values())
     assert checks["identity"].detail.startswith("not checked: it was trained on the large model itself")
+    rows = str(work / "data.jsonl")
+    ladder = loram.evaluate(work / "large", data=rows, adapter=tmp_path / "touched", compare=True).ladder
+    assert [rung.name for rung in ladder.rows] == ["base", "small", "small + adapter", "large + recovered"]
 
 
 def test_an_adapter_brings_its_own_configuration(work: Path, tmp_path: Path) -> None:
