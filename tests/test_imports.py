@@ -1,4 +1,4 @@
-"""Dependencies point one way, heavy libraries are imported where they may be, and sizes stay readable.
+"""Dependencies point one way, heavy libraries are imported where they may be, and sizes stay readable everywhere.
 
 Read from the source by its syntax tree, so that lazy imports inside functions count as well.
 """
@@ -135,6 +135,7 @@ HEAVY = {
 }
 
 SOURCES = sorted([*(ROOT / "loram").rglob("*.py"), *(ROOT / "cli").rglob("*.py")])
+TREE = sorted([*SOURCES, *(file for top in ("tests", "benchmarks", "scripts") for file in (ROOT / top).rglob("*.py"))])
 ENTRANCES = {ROOT / "loram" / "__init__.py", ROOT / "loram" / "__main__.py"}
 LORAM = [file for file in SOURCES if file.is_relative_to(ROOT / "loram") and file not in ENTRANCES]
 
@@ -242,12 +243,12 @@ def test_only_the_console_prints() -> None:
                 assert node.func.id != "print", f"{file}:{node.lineno} prints; use logging or cli/console.py"
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize("file", TREE, ids=lambda file: str(file.relative_to(ROOT)))
 def test_sizes(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 400
+    assert len(text.splitlines()) <= 400, f"{file.relative_to(ROOT)} is longer than 400 lines"
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             where = f"{file.relative_to(ROOT)}: {node.name}"
             assert (node.end_lineno or 0) - node.lineno < 60, f"{where} is longer than 60 lines"
             count = [item.arg for item in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
@@ -262,3 +263,9 @@ def test_house_style(file: Path) -> None:
     assert ast.get_docstring(tree), "a module says what is notable about it"
     for node in ast.walk(tree):
         assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{file}: bare except"
+
+
+def test_modules_of_the_tests_have_names_of_their_own() -> None:
+    """They are imported by their names alone (`pythonpath` in pyproject.toml)."""
+    names = [file.stem for file in TREE if file.is_relative_to(ROOT / "tests") and file.stem != "conftest"]
+    assert [name for name in names if names.count(name) > 1] == []
