@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from loram.errors import OptionError
+from loram.importing import end_at_once
 from loram.options import SECTIONS, did_you_mean
 from loram.recipe import recipe_text
 from loram.version import __version__
@@ -114,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; errors are one sentence on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     quiet_libraries()
+    end_at_once()
     try:
         check_verb(words[0])
         completing = "_LORAM_COMPLETE" in os.environ

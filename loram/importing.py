@@ -1,14 +1,16 @@
-"""Imports of large libraries without the garbage collector, which would look through what they make again and again.
+"""Large libraries without the garbage collector, which would look through what they make again and again.
 
-Torch and transformers make some millions of objects that stay;
-collecting meanwhile took some seven percent of the time.
+Torch and transformers make some millions of objects that stay. Collecting while they are imported took some seven
+percent of the time; the interpreter's last look through them, when it ends, 0.9 s of CPU.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 
 @contextmanager
@@ -21,3 +23,12 @@ def collecting_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@cache
+def end_at_once() -> None:
+    """When this process ends, its objects are left to the system: the collector does not look for cycles among them.
+
+    For a program that closes what it writes, as the command line does; a library does not decide this for its user.
+    """
+    atexit.register(gc.freeze)
