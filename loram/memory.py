@@ -131,5 +131,10 @@ def give_back() -> None:
     """Return to the system what nobody uses any more (glibc; elsewhere it is only collected): after a training the heap
     holds gigabytes of holes, which would count as the next stage's memory, and be missing to it."""
     gc.collect()
+    return_holes()
+
+
+def return_holes() -> None:
+    """Return the pages of the heap that hold nothing (glibc; elsewhere nothing changes): some milliseconds."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -19,7 +19,7 @@ from loram.data.collate import IGNORED
 from loram.device import native_bf16, pick_device
 from loram.errors import MismatchError
 from loram.families import Family, family_of
-from loram.memory import return_large_blocks
+from loram.memory import return_holes, return_large_blocks
 from loram.modeling import empty_model
 from loram.training.cross_entropy import position_losses
 
@@ -230,6 +230,7 @@ class BlockRunner:
         arguments = self.arguments(hidden.shape[1])[number]
         with self.filled(layer, {key: self.read(f"{name}.{key}") for key in layer.state_dict()}):
             yield Block(number, layer, hidden, self, arguments)
+        return_holes()  # else those between what lives longer add up from layer to layer
 
     @contextmanager
     def head(self) -> Iterator[Any]:
