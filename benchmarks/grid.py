@@ -185,6 +185,8 @@ METHODS = {
     )
 }
 UNCUT = ("nf4", "int8", "touch-alone")
+CHOICES = ("random", "taylor", "taylor-block")
+"""What a user would choose from, measured on other models and data too."""
 SPARSIFIED = ("semi", "unstructured", "semi-plain", "unstructured-plain", "semi-block")
 MASKS = ("semi", "unstructured", "semi-distill", "unstructured-distill")
 BEST = ("refit-nf4", "refit-calibrated", "taylor-calibrated")
@@ -358,5 +360,5 @@ def others() -> Iterator[Cell]:
         yield Cell(model, task, "base")
         yield from (Cell(model, task, "ceiling", lr=rate) for rate in RATES)
         for rate in USUAL:
-            yield from (Cell(model, task, name, "0.5", (4, 2), lr=rate) for name in ("random", "taylor", "distill"))
+            yield from (Cell(model, task, name, "0.5", (4, 2), lr=rate) for name in CHOICES)
         yield Cell(model, task, "nf4")
