@@ -251,9 +251,9 @@ they save no bytes."""
 RATES_TEXT = """Both sides were tried at the same rates. The ceiling is the best of its row. In the table above every
 small model is at the best of the rates it was tried at; the others are in brackets. The ablations are all at the first
 rate. Held-out losses:"""
-OTHERS = """The same steps, rows, rates and layers left whole, one seed. *Base* and *ceiling* are held-out losses of the large
-model as it was and with LoRA trained on itself. The rest is kept gain, and how many times fewer bytes the small model's
-weights take in training, embeddings included."""
+OTHERS = """The same steps, rows, rates and layers left whole, one seed. *Base* and *ceiling* are held-out losses of the
+large model as it was and with LoRA trained on itself. The rest is kept gain, and how many times fewer bytes the small
+model's weights take in training, embeddings included."""
 ABLATION = """The shape of the paper's figure 6 (2502.13533). *Small + adapter* is what naive pruning gives: the pruned
 model with its own adapter, which saves memory in use as well. *Large + recovered* is LoRAM. *Aligned* is
 `loram align --method distill` on half task text before training. Held-out losses:"""

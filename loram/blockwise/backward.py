@@ -15,19 +15,27 @@ from loram.blockwise.hidden import Hidden
 from loram.blockwise.runner import Block, BlockRunner, Inputs, listening
 from loram.checkpoint import all_finite
 from loram.errors import MismatchError
+from loram.progress import Progress
 from loram.training.cross_entropy import summed_loss
 
 
-def loss_slope(runner: BlockRunner, hidden: Hidden, windows: Tensor) -> None:
-    """Replace the output of the last block by the gradient of the loss in it."""
+def loss_slope(runner: BlockRunner, hidden: Hidden, windows: Tensor, progress: Progress) -> None:
+    """Replace the output of the last block by the gradient of the loss in it.
+
+    With a large vocabulary this takes as long as many blocks, so it is a piece of work of its own.
+    """
+    starts = range(0, len(hidden), runner.rows)
+    progress.begin("loss", len(starts))
     with runner.head() as model, torch.enable_grad():
-        for start in range(0, len(hidden), runner.rows):
+        for start in starts:
             part = slice(start, start + runner.rows)
             x = hidden.read(part).to(runner.device).detach().requires_grad_(True)
             states: Tensor = model.get_decoder().norm(x)[:, :-1]
             targets = windows[part, 1:].to(x.device)
             loss = summed_loss(model, states.reshape(-1, states.shape[-1]), targets.reshape(-1)) / targets.shape[1]
             hidden.write(part, torch.autograd.grad(loss, x)[0])
+            progress.advance()
+    progress.end()
 
 
 def backward(block: Block, slope: Hidden, keep: bool, inputs: Inputs | None = None) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from loram.blockwise.backward import backward, loss_slope
 from loram.blockwise.hidden import Hidden
 from loram.blockwise.runner import Block, BlockRunner, Inputs
+from loram.progress import SILENT, Progress
 from loram.sealing import Steps
 
 Visit = Callable[[Block, Path], None]
@@ -96,13 +97,13 @@ def backward_pass(
     visit: BackwardVisit,
     layers: Collection[int],
     *,
-    ahead: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
 ) -> Iterator[tuple[int, Path]]:
     """The blocks of `layers` from the last to the first, with ∂L/∂W of their Linears.
 
     L is the sum over the windows (N, T) of a window's mean next-token loss. Gradients are (out, in), computed in the
     runner's dtype and added up in fp32. Every weight is read twice. The inputs of all blocks are kept on disk, as
-    they are needed again on the way back. `ahead` is called after each block of the way there. Raises MismatchError
+    they are needed again on the way back. `progress` advances by each block of the way there. Raises MismatchError
     where a gradient is not finite.
     """
     first, last = min(layers), runner.layers
@@ -115,9 +116,9 @@ def backward_pass(
     if at < last:
         slope.load(steps.folder(slope_name(at)) / FILE)
     else:
-        keep_inputs(runner, windows, steps, first, ahead)
+        keep_inputs(runner, windows, steps, first, progress)
         slope.load(steps.folder(input_name(last)) / FILE)
-        loss_slope(runner, slope, windows)
+        loss_slope(runner, slope, windows, progress)
     pace = Pace(steps)
     for number in reversed(range(first, at)):
         turn(runner, steps, visit if number in layers else None, number, slope)
@@ -156,7 +157,7 @@ def turn(runner: BlockRunner, steps: Steps, visit: BackwardVisit | None, number:
     before.close()
 
 
-def keep_inputs(runner: BlockRunner, windows: Tensor, steps: Steps, first: int, ahead: Callable[[], None]) -> None:
+def keep_inputs(runner: BlockRunner, windows: Tensor, steps: Steps, first: int, progress: Progress) -> None:
     """The inputs of the blocks from `first` on, and the output of the last, as steps on disk."""
     last = runner.layers
     done = [n for n in range(first, last + 1) if steps.whole(input_name(n))]
@@ -167,7 +168,7 @@ def keep_inputs(runner: BlockRunner, windows: Tensor, steps: Steps, first: int, 
         hidden = runner.embed(windows)
         for block in runner.blocks(hidden, 0, first):
             block.run()
-            ahead()
+            progress.advance()
         start = first
         with steps.writing(input_name(first)) as folder:
             hidden.save(folder / FILE)
@@ -178,6 +179,6 @@ def keep_inputs(runner: BlockRunner, windows: Tensor, steps: Steps, first: int, 
         block.run()
         with steps.writing(input_name(block.number + 1)) as folder:
             hidden.save(folder / FILE)
-        ahead()
+        progress.advance()
         steps.stop_here()
     hidden.close()

@@ -174,7 +174,7 @@ def layer_steps(work: Pruning, runner: BlockRunner, progress: Progress) -> Itera
     if work.score_needs == "gradients":
         progress.begin("score", runner.layers + len(layers))
         visit = partial(weigh, work)
-        found = backward_pass(runner, work.windows, work.steps, visit, layers, ahead=progress.advance)
+        found = backward_pass(runner, work.windows, work.steps, visit, layers, progress=progress)
     else:
         progress.begin("score", max(layers) + 1)
         found = forward_pass(runner, work.windows, work.steps, partial(look, work, drawn), max(layers) + 1)

@@ -17,6 +17,7 @@ from loram.blockwise import Block, BlockRunner, backward_pass
 from loram.checkpoint import Checkpoint
 from loram.errors import MismatchError
 from loram.families import family_of
+from loram.progress import Progress
 from loram.sealing import Steps
 
 CAPPED = {"final_logit_softcapping": 3.0}
@@ -34,11 +35,28 @@ class CountingCheckpoint(Checkpoint):
         return super().raw(name, start, stop)
 
 
+class Counting(Progress):
+    """Counts the steps of each piece of work; the pass itself is the first, and is begun by who calls it."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[str, int]] = [("pass", LAYERS)]
+        self.steps: Counter[tuple[str, int]] = Counter()
+
+    def begin(self, label: str, total: int) -> None:
+        self.open.append((label, total))
+
+    def advance(self, amount: int = 1, **figures: float) -> None:
+        self.steps[self.open[-1]] += amount
+
+    def end(self) -> None:
+        self.open.pop()
+
+
 def found_gradients(
     folder: Path, windows: Tensor, layers: tuple[int, ...] = tuple(range(LAYERS)), **options: object
 ) -> dict[str, Tensor]:
     found = {}
-    ahead: list[bool] = []
+    counting = Counting()
 
     def visit(block: Block, back: Any, folder: Path) -> None:
         found.update({f"{block.name}.{name}.weight": slope for name, slope in back({}).items()})
@@ -49,9 +67,10 @@ def found_gradients(
         BlockRunner(checkpoint, rows=2, **options) as runner,  # type: ignore[arg-type]
     ):
         steps = Steps(Path(place), {})
-        for _ in backward_pass(runner, windows, steps, visit, layers, ahead=lambda: ahead.append(True)):
+        for _ in backward_pass(runner, windows, steps, visit, layers, progress=counting):
             pass
-    assert len(ahead) == LAYERS
+    parts = -(-len(windows) // 2)
+    assert counting.steps == {("pass", LAYERS): LAYERS, ("loss", parts): parts}
     return found
 
 
