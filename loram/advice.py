@@ -1,8 +1,9 @@
 """What to change where training does not fit: each change with what it saves, the cheapest first.
 
-Cheapest is what costs least in quality: first what computes the same in more time, then what reads less text, then
-bits, and a deeper cut last (4 bits agree far better with the large model than any cut of the same size). Savings are
-differences of the memory model's predictions.
+Cheapest is what costs least in quality: first what computes the same in more time, then bits, then what reads less
+text, and a deeper cut (4 bits agree far better with the large model than any cut of the same size). One layer in memory
+computes the same as well; on a GPU it comes after the bits, for a step would wait there for the disk most of the time.
+Savings are differences of the memory model's predictions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ WORTH = 0.01
 class Training:
     """A training that is to fit: what is trained, how, where, and how the command line spells it.
 
-    `deeper` is the same model after a deeper cut, with the words to type for it, where that is known.
+    `deeper` is the same model after a deeper cut, with the words to type for it, where that is known; `streamable` says
+    whether the other options go with `--streamed`.
     """
 
     model: Model
@@ -32,6 +34,7 @@ class Training:
     name: str = "SMALL"
     accumulate: int = 1
     deeper: tuple[Model, str] | None = None
+    streamable: bool = False
 
     @property
     def peak(self) -> int:
@@ -73,13 +76,18 @@ def candidates(training: Training, limit: int | None) -> Iterator[tuple[str, str
         yield "--dtype bf16", "half the bytes of every value", doing(dtype="bf16")
     for batch in smaller_batches(training, limit):
         again = training.accumulate * -(-work.batch // batch)
-        yield f"--batch {batch} --accumulate {again}", "the same steps, a little slower", with_batch(training, batch)
+        cost = f"every weight is read {again} times as often" if work.streamed else "a little slower"
+        yield f"--batch {batch} --accumulate {again}", f"the same steps, {cost}", with_batch(training, batch)
     if not work.checkpointing:
         yield "--checkpointing", "the same steps, about a third slower", doing(checkpointing=True)
-    if model.quantize == "none":
+    if training.hardware is not CUDA:
+        yield from streaming(training)
+    if model.quantize == "none" and not work.streamed:
         smaller = replace(training, model=replace(model, quantize="nf4"))
         command = f"`loram quantize {name} --type nf4 -o {name.rstrip('/')}-nf4` and training on that"
         yield command, "the linears in 4 bit", smaller
+    if training.hardware is CUDA:
+        yield from streaming(training)
     if work.length > 64:
         shorter = doing(length=work.length // 2, supervised=None)
         yield f"--max-length {work.length // 2}", "longer rows are cut", shorter
@@ -87,6 +95,17 @@ def candidates(training: Training, limit: int | None) -> Iterator[tuple[str, str
         yield training.deeper[1], "a deeper cut", replace(training, model=training.deeper[0])
     if work.dropout and training.hardware.mask_bytes > 1:
         yield "--dropout 0", "no regularization", doing(dropout=0.0)
+
+
+def streaming(training: Training) -> Iterator[tuple[str, str, Training]]:
+    """One layer in memory, where that is not refused and saves more than computing activations again does alone."""
+    if not training.streamable or training.work.streamed or training.model.quantize != "none":
+        return
+    again = replace(training, work=replace(training.work, checkpointing=True))
+    streamed = replace(again, work=replace(again.work, streamed=True))
+    if again.peak - streamed.peak > WORTH * training.peak:
+        slower = "about 1.8 times the processor time, and " if training.hardware is not CUDA else ""
+        yield "--streamed", f"the same steps, {slower}every weight is read twice in each", streamed
 
 
 def smaller_batches(training: Training, limit: int | None) -> list[int]:

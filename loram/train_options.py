@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loram.data_options import ReadingOptions
 from loram.errors import OptionError
@@ -238,3 +238,12 @@ class TrainOptions(ResumeOptions, WatchOptions, LoopOptions, LoraOptions, TrainI
             not (self.lora_fa and any(target.endswith("embed_tokens") for target in self.targets)),
             "--lora-fa keeps A as drawn, and an embedding's A is zero; leave embed_tokens out of --targets",
         )
+
+
+def may_be_streamed(options: TrainOptions) -> bool:
+    """Whether `--streamed` goes with the other options."""
+    try:
+        replace(options, streamed=True)
+    except OptionError:
+        return False
+    return True

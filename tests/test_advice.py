@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loram.activations import Workload
-from loram.advice import Training, cheapest, sentence
+from loram.advice import Training, candidates, cheapest, sentence
 from loram.families.widths import Widths
 from loram.memory_model import CPU, CUDA, Model, training_memory
 
@@ -68,6 +68,47 @@ def test_the_cpu_and_a_gpu_differ() -> None:
     assert flags[0] == "--dtype bf16"  # emulated on many CPUs, so it is not the first thing to say there
     on_cpu = replace(FULL, hardware=CPU, work=replace(FULL.work, dtype="fp32", batch=1))
     assert cheapest(on_cpu)[0].flags == "--checkpointing"
+
+
+def test_one_layer_in_memory_is_named_where_it_may_be_asked_for() -> None:
+    on_cpu = replace(FULL, hardware=CPU, streamable=True)
+    assert [change.flags for change in cheapest(on_cpu)] == [
+        "--batch 4 --accumulate 2",
+        "--checkpointing",
+        "--streamed",
+    ]
+    change = cheapest(on_cpu)[2]
+    assert "the same steps, about 1.8 times the processor time" in change.cost
+    streamed = replace(FULL.work, checkpointing=True, streamed=True)
+    assert change.saves == on_cpu.peak - training_memory(FULL.model, streamed, CPU).total > cheapest(on_cpu)[1].saves
+    for refused in (
+        replace(on_cpu, streamable=False),
+        replace(on_cpu, model=replace(FULL.model, quantize="nf4")),
+        replace(on_cpu, work=streamed),
+    ):
+        assert "--streamed" not in [flags for flags, _, _ in candidates(refused, None)]
+
+
+def test_on_a_gpu_bits_are_cheaper_than_reading_every_weight_twice() -> None:
+    single = replace(FULL, streamable=True, work=replace(FULL.work, batch=1, length=2048, checkpointing=True))
+    assert [change.flags.split()[0] for change in cheapest(single)] == ["`loram", "--streamed", "--max-length"]
+    assert "processor" not in cheapest(single)[1].cost
+
+
+def test_one_layer_in_memory_is_not_named_for_what_checkpointing_saves_as_well() -> None:
+    """Weights of 20 MB beside activations of 9 GB."""
+    config = CONFIG | {"hidden_size": 256, "intermediate_size": 704}
+    wide = Training(Model(config), Workload(batch=64, length=2048), CUDA, streamable=True)
+    assert wide.peak - replace(wide, work=replace(wide.work, checkpointing=True, streamed=True)).peak > wide.peak / 2
+    assert "--streamed" not in [flags for flags, _, _ in candidates(wide, None)]
+
+
+def test_with_one_layer_in_memory_fewer_rows_mean_more_reading() -> None:
+    streamed = replace(FULL.work, checkpointing=True, streamed=True)
+    changes = cheapest(replace(FULL, hardware=CPU, work=streamed, streamable=True))
+    assert changes[0].flags == "--batch 4 --accumulate 2"
+    assert changes[0].cost == "the same steps, every weight is read 2 times as often"
+    assert not any("quantize" in change.flags for change in changes)  # it is refused together with --streamed
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])

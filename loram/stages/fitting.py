@@ -26,7 +26,7 @@ from loram.memory import available_bytes, format_bytes, resident_bytes
 from loram.memory_model import CPU, CUDA, MemoryPlan, Model, training_memory
 from loram.options import TrainOptions
 from loram.stages.masking import is_masked
-from loram.train_options import parse_layers
+from loram.train_options import may_be_streamed, parse_layers
 
 logger = logging.getLogger(__name__)
 NAMES = {dtype: name for name, dtype in BY_FLAG.items()}
@@ -50,6 +50,7 @@ def training_of(options: TrainOptions, folder: Path, small: Manifest | None, row
         options.model,
         options.accumulate,
         deeper_cut(model, small),
+        may_be_streamed(options),
     )
 
 

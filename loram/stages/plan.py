@@ -27,10 +27,11 @@ from loram.memory_model import (
     streaming_memory,
     training_memory,
 )
-from loram.options import AlignOptions, PlanOptions
+from loram.options import AlignOptions, PlanOptions, TrainOptions
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
 from loram.sizes import Counts, count, paper_bytes, weight_bytes
+from loram.train_options import may_be_streamed
 
 BAR = 24
 ALIGNED = AlignOptions(model="-")
@@ -199,7 +200,7 @@ def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
         memory=memory,
         choice=choice,
         tried=tried,
-        changes=cheapest(Training(small_model, work, hardware), memory) if unfit else (),
+        changes=cheapest(asked_for(options, small_model), memory) if unfit else (),
         nonzero=large.total - options.sparsity.removed(large.linear) if options.sparsity else None,
         notes=notes_on(options, geometry, small_model),
         next_command=next_command(options, memory, choice),
@@ -274,6 +275,12 @@ def workload(options: PlanOptions) -> Workload:
         optimizer=options.optimizer,
         masked_update=options.by_weight,
     )
+
+
+def asked_for(options: PlanOptions, small: Model) -> Training:
+    """The training that is to fit, as `train` would be asked for it."""
+    trained = TrainOptions(model="-", data=("-",), out="-", targets=options.targets, dtype=options.dtype)
+    return Training(small, workload(options), HARDWARE[options.device], streamable=may_be_streamed(trained))
 
 
 def prune_memory(options: PlanOptions, config: dict[str, Any]) -> MemoryPlan:

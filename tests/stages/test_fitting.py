@@ -21,6 +21,7 @@ from loram.stages import fitting
 from loram.stages.fitting import advised, memory_plan, predicted, training_of, warn
 from loram.stages.prune import prune
 from loram.stages.train import train
+from loram.train_options import may_be_streamed
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-llama-kjv"
 
@@ -69,6 +70,14 @@ def test_the_model_is_the_one_in_the_folder(work: Path) -> None:
     assert small.deeper is not None
     assert "--ratio 0.75" in small.deeper[1]
     assert memory_plan(fitting.Training(small.deeper[0], small.work, small.hardware)).total < small.peak
+
+
+@pytest.mark.parametrize(
+    ("changes", "allowed"),
+    [({}, True), ({"compile": True}, False), ({"targets": ("q_proj", "lm_head")}, False), ({"dtype": "fp16"}, False)],
+)
+def test_one_layer_in_memory_is_advised_where_it_is_not_refused(changes: dict[str, Any], allowed: bool) -> None:
+    assert may_be_streamed(TrainOptions(model="m", data=("d",), out="o", **changes)) == allowed
 
 
 def test_train_says_both_figures(work: Path, tmp_path: Path) -> None:
@@ -143,7 +152,7 @@ def test_memory_that_really_runs_out_ends_with_three_changes(work: Path, tmp_pat
     assert "is likely to run out of memory" in warning
     assert "out of memory at step 1: predicted " in error
     advice = error.partition("cheapest first: ")[2].split("; ")
-    assert [change.split()[0] for change in advice] == ["--batch", "--checkpointing", "--max-length"]
+    assert [change.split()[0] for change in advice] == ["--batch", "--checkpointing", "--streamed"]
     assert all("GiB (" in change or "MiB (" in change for change in advice)
     assert "Traceback" not in done.stderr
     assert not out.exists()

@@ -135,6 +135,9 @@ def test_what_does_not_fit_is_given_the_cheapest_changes(config: Path) -> None:
     assert all(change["saves"] > 0 for change in result.to_json()["changes"])
     assert f"  {result.changes[0]}" in str(result)
     assert planned(config, memory="100GiB", batch=4).changes == ()
+    for targets, named in (("all-linear",), True), (("q_proj", "lm_head"), False):
+        result = planned(config, memory="8GiB", device="cpu", batch=1, checkpointing=True, targets=targets)
+        assert ("--streamed" in [change.flags for change in result.changes]) == named
 
 
 def test_single_weights_are_counted_and_take_the_memory_of_all(config: Path) -> None:
