@@ -187,6 +187,7 @@ METHODS = {
 UNCUT = ("nf4", "int8", "touch-alone")
 CHOICES = ("random", "taylor", "taylor-block")
 """What a user would choose from, measured on other models and data too."""
+ELSEWHERE = (("gemma-3-270m", "gsm8k"), ("qwen2.5-coder-0.5b", "gsm8k"), ("smollm2-135m", "arc-easy"))
 SPARSIFIED = ("semi", "unstructured", "semi-plain", "unstructured-plain", "semi-block")
 MASKS = ("semi", "unstructured", "semi-distill", "unstructured-distill")
 BEST = ("refit-nf4", "refit-calibrated", "taylor-calibrated")
@@ -356,7 +357,7 @@ def ablation(model: str, task: str) -> Iterator[Cell]:
 
 def others() -> Iterator[Cell]:
     """The same on other models and another task: one seed, the methods that matter."""
-    for model, task in (("gemma-3-270m", "gsm8k"), ("qwen2.5-coder-0.5b", "gsm8k"), ("smollm2-135m", "arc-easy")):
+    for model, task in ELSEWHERE:
         yield Cell(model, task, "base")
         yield from (Cell(model, task, "ceiling", lr=rate) for rate in RATES)
         for rate in USUAL:

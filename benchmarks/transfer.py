@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.cells import RESULTS
-from benchmarks.findings import FIRST, NOT_RUN, findings
-from benchmarks.grid import CHOICES, DEEP, LEVERS, METHODS, MODELS, RATES, SPARSIFIED, TASKS, UNCUT, Cell
+from benchmarks.findings import FIRST, HALF, NOT_RUN, findings
+from benchmarks.grid import CHOICES, DEEP, ELSEWHERE, LEVERS, METHODS, MODELS, RATES, SPARSIFIED, TASKS, UNCUT, Cell
 from benchmarks.kept_gain import Outcome, Records, spelled
 from benchmarks.pictures import Bar, Line, bars, lines
 
@@ -54,14 +54,14 @@ def whole(keep: tuple[int, int] | None) -> str:
     return "" if keep is None else f"{keep[0]}/{keep[1]}"
 
 
-def table(records: Records) -> Iterator[str]:
-    """The table of all methods."""
+def table(records: Records, wanted: Iterable[Row]) -> Iterator[str]:
+    """The table of some methods."""
     yield (
         "| how the small model is made | layers whole, first/last | held-out loss of large + recovered | kept gain | "
         "± over rows | seeds | lr | parameters ÷ | bytes ÷ | CPU minutes to make it |"
     )
     yield "|---|---:|---:|---:|---:|---:|---|---:|---:|---:|"
-    for row in rows(records.model):
+    for row in wanted:
         method, ratio, keep = row
         found = records.outcome(method, ratio, keep)
         cells = [label(row), whole(keep), *([NOT_RUN, *[""] * 7] if found is None else figures(found))]
@@ -227,10 +227,10 @@ def page(folder: Path = RESULTS) -> str:
     records = Records(MODEL, TASK, folder)
     parts = [
         HEAD,
-        section("Measured", setting(records), "\n".join(table(records)), READING),
+        section("Measured", setting(records), "\n".join(table(records, rows(MODEL))), READING),
         section("What to read from it", findings(records)),
         section("Learning rates", RATES_TEXT, "\n".join(rates(records))),
-        section("Other models and data", OTHERS, "\n".join(others(folder))),
+        section("Other models and data", *elsewhere(folder)),
         section("Ablation: recovery and alignment", ABLATION, "\n".join(ablation(records)), commands_of_ablation()),
         section(
             "Ablation: ratio",
@@ -251,9 +251,6 @@ they save no bytes."""
 RATES_TEXT = """Both sides were tried at the same rates. The ceiling is the best of its row. In the table above every
 small model is at the best of the rates it was tried at; the others are in brackets. The ablations are all at the first
 rate. Held-out losses:"""
-OTHERS = """The same steps, rows, rates and layers left whole, one seed. *Base* and *ceiling* are held-out losses of the
-large model as it was and with LoRA trained on itself. The rest is kept gain, and how many times fewer bytes the small
-model's weights take in training, embeddings included."""
 ABLATION = """The shape of the paper's figure 6 (2502.13533). *Small + adapter* is what naive pruning gives: the pruned
 model with its own adapter, which saves memory in use as well. *Large + recovered* is LoRAM. *Aligned* is
 `loram align --method distill` on half task text before training. Held-out losses:"""
@@ -265,14 +262,15 @@ def setting(records: Records) -> str:
     """What was trained, on what, how long, and between which losses the gain lies."""
     task, model = TASKS[records.task], MODELS[records.model]
     base, ceiling = records.base, records.ceiling
-    ends = (
-        ""
-        if base is None or ceiling is None
-        else (
+    if base is None:
+        ends = " Not run."
+    elif ceiling is None:
+        ends = f" The large model's loss is {base.loss():.3f} as it was; the rest was not run."
+    else:
+        ends = (
             f" The large model's loss is {base.loss():.3f} as it was and {ceiling.loss():.3f} with LoRA trained on "
             "itself: that is 100 %."
         )
-    )
     count = "" if base is None else f", {len(base.tokens)} held-out rows of {sum(base.tokens)} answer tokens"
     return (
         f"{model.id} on {task.about}: {task.steps} steps of {task.batch} rows of at most {task.max_length} tokens"
@@ -281,19 +279,13 @@ def setting(records: Records) -> str:
     )
 
 
-def others(folder: Path) -> Iterator[str]:
-    """The same on other models and data."""
-    yield (
-        "| model and data | base | ceiling | random cut | cut by Taylor, refit | the same, then steps layer by layer | "
-        "NF4, nothing cut |"
-    )
-    yield "|---|---:|---:|---:|---:|---:|---:|"
-    for model, task in (("gemma-3-270m", TASK), ("qwen2.5-coder-0.5b", TASK), (MODEL, "arc-easy")):
+def elsewhere(folder: Path) -> Iterator[str]:
+    """The same on other models and data: what a user would choose from."""
+    for model, task in ELSEWHERE:
         found = Records(model, task, folder)
-        ends = [NOT_RUN if rows_ is None else f"{rows_.loss():.3f}" for rows_ in (found.base, found.ceiling)]
-        outcomes = [*(found.outcome(name, "0.5", FIRST) for name in CHOICES), found.outcome("nf4")]
-        kept = [NOT_RUN if each is None else f"{spelled(each.kept)}, ÷ {each.bytes_reduction:.2f}" for each in outcomes]
-        yield "| " + " | ".join([f"{MODELS[model].id}, {TASKS[task].about}", *ends, *kept]) + " |"
+        yield setting(found)
+        if found.ceiling is not None:
+            yield "\n".join(table(found, [("nf4", "", None), *((name, HALF, FIRST) for name in CHOICES)]))
 
 
 def commands_of_ablation() -> str:

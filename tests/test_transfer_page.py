@@ -114,6 +114,19 @@ def test_the_page_says_what_was_run_and_what_was_not(folder: Path) -> None:
     )
 
 
+def test_other_models_have_their_own_ends_or_are_said_not_to_have_been_run(folder: Path) -> None:
+    gemma, qwen = transfer.ELSEWHERE[0][0], transfer.ELSEWHERE[1][0]
+    for method, scale in (("base", 3.0), ("ceiling", 1.0), ("nf4", 1.5)):
+        write(folder, Cell(gemma, transfer.TASK, method), scale)
+    write(folder, Cell(qwen, transfer.TASK, "base"), 3.0)
+    section = transfer.page(folder).partition("## Other models and data")[2].partition("\n## ")[0]
+    found = table_row(section, "| NF4, nothing cut")
+    assert found[3] == "**75%**"  # of the gain of its own ceiling over its own base
+    assert table_row(section, "| cut by Taylor, steps layer by layer | 4/2")[2] == "not run"
+    assert "as it was; the rest was not run. CPU" in section
+    assert " Not run. CPU" in section
+
+
 def test_a_record_of_other_options_does_not_count(folder: Path) -> None:
     cell = Cell(transfer.MODEL, transfer.TASK, "refit", "0.5", (4, 2))
     body = record(cell, 1.5)
