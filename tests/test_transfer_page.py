@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import transfer
 from benchmarks.cells import RESULTS
-from benchmarks.grid import RATES, Cell, grid
+from benchmarks.grid import ELSEWHERE, RATES, Cell, grid
 from benchmarks.kept_gain import Records, Rows, is_current, kept_gain
 from benchmarks.pictures import LEFT, Bar, Line, bars, lines, spread
 
@@ -115,7 +115,7 @@ def test_the_page_says_what_was_run_and_what_was_not(folder: Path) -> None:
 
 
 def test_other_models_have_their_own_ends_or_are_said_not_to_have_been_run(folder: Path) -> None:
-    gemma, qwen = transfer.ELSEWHERE[0][0], transfer.ELSEWHERE[1][0]
+    (gemma, _), (qwen, _), *_ = ELSEWHERE
     for method, scale in (("base", 3.0), ("ceiling", 1.0), ("nf4", 1.5)):
         write(folder, Cell(gemma, transfer.TASK, method), scale)
     write(folder, Cell(qwen, transfer.TASK, "base"), 3.0)
