@@ -183,7 +183,7 @@ def test_single_weights(verb: str, flags: str, code: int, message: str, work: Pa
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        ("--method semi --pattern 3:7 --score magnitude", 4, "--pattern 3:7 does not divide model.layers.0.self_attn"),
+        ("--method semi --pattern 3:7 --score magnitude", 2, "--pattern 3:7 does not divide model.layers.0.self_attn"),
         ("--method semi --score sparsegpt", 4, "has no usable tokenizer"),
         ("--method given --given large", 4, "is not sparse"),
         ("--method given --given ./gone", 4, "does not exist"),

@@ -14,9 +14,9 @@ from loram.checkpoint import Checkpoint, all_finite
 from loram.declared import check_tensors
 from loram.errors import CheckpointError, KindError, MismatchError
 from loram.families import Family, Geometry, family_of
+from loram.families.sparsity import decoder_weights
 from loram.masks import PackedMask
 from loram.progress import Progress
-from loram.stages.sparsify import decoder_weights
 
 SPARSE = 0.05
 """From this share of zeros a weight counts as pruned; a dense one has a few by rounding."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from loram.artifact import read_json
 from loram.errors import FamilyError, InputError, OptionError
 from loram.families import Geometry, family_of, is_small_config
 from loram.families.small import with_biases, without_layers
+from loram.families.sparsity import check_widths
 from loram.families.widths import Cut, describe_uncut, parse_ratio
 from loram.hub.download import resolve_model
 from loram.measured import because
@@ -27,6 +29,7 @@ from loram.memory_model import (
     streaming_memory,
     training_memory,
 )
+from loram.option_fields import flag
 from loram.options import AlignOptions, PlanOptions, TrainOptions
 from loram.progress import SILENT, Progress
 from loram.results import StageResult
@@ -139,7 +142,9 @@ class PlanResult(StageResult):
             *(self.stage_line(name) for name in self.peaks),
         ]
         if self.memory is not None:
-            lines.append(f"memory       {format_bytes(self.memory)}: {'fits' if self.fits else 'does not fit'}")
+            lines.append(
+                f"memory       {format_bytes(self.memory)}: training {'fits' if self.fits else 'does not fit'}"
+            )
             lines += [f"  {change}" for change in self.changes]
             lines += [self._line(choice) for choice in self.tried]
             if self.choice is None:
@@ -177,6 +182,8 @@ def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
     config = read_model_config(options.model)
     family = family_of(config)
     geometry = family.geometry(config)
+    if options.sparsity is not None:
+        check_widths(family, geometry, options.sparsity)
     hardware, work = HARDWARE[options.device], workload(options)
     small_model = cut_model(options, config, None if options.by_weight else parse_ratio(options.ratio))
     large, small = count(config), count(small_model.config, small_model.widths)
@@ -221,20 +228,41 @@ def next_command(options: PlanOptions, memory: int | None, choice: Choice | None
     """What to type for the choice that fits, or for what was asked for."""
     path = Path(options.model)
     model = options.model if not path.is_file() else str(path.parent) if path.name == "config.json" else "MODEL"
-    if memory is None and options.by_weight:
-        pattern = "" if options.pattern is None else f" --pattern {options.pattern}"
-        return f"loram prune {model} --method {options.method}{pattern} -o SMALL"
     if memory is None:
-        choice = Choice(options.ratio, options.quantize, 0)
+        return " ".join(["loram prune", model, *cut_flags(options), "-o SMALL"])
     if choice is None:
         return ""
     if choice.ratio is not None:
-        method = "" if options.method == "structured" else f"--method {options.method} "
-        text = "" if options.method == "random" else " --calibration FILE --calibration builtin"
-        return f"loram prune {model} {method}{choice.flags()}{text} -o SMALL"
+        chosen = replace(by_units(options), ratio=choice.ratio, quantize=choice.quantize)
+        return " ".join(["loram prune", model, *cut_flags(chosen), "-o SMALL"])
     if choice.quantize != "none":
         return f"loram quantize {model} --type {choice.quantize} -o SMALL"
     return f"loram train {model} --data FILE -o ADAPTER"
+
+
+def cut_flags(options: PlanOptions) -> Iterator[str]:
+    """The options of `prune` that make the cut planned for: the ratio, and what is not as it is by default."""
+    usual = PlanOptions(model=options.model, method=options.method)
+    if options.method != "structured":
+        yield f"--method {options.method}"
+    for name in ("score", "pattern", "ratio", "keep_first", "keep_last", "round_to", "samples", "length"):
+        value = getattr(options, name)
+        always = name == "ratio" and options.method != "semi"
+        if always or value != getattr(usual, name):
+            yield f"--{flag(name)} {value}"
+    if not options.refit:
+        yield "--no-refit"
+    if options.quantize != "none":
+        yield f"--quantize {options.quantize}"
+    if options.method != "random" and not (options.by_weight and options.importance == "magnitude"):
+        yield "--calibration FILE --calibration builtin"
+
+
+def by_units(options: PlanOptions) -> PlanOptions:
+    """The same for a cut that saves memory: where single weights were to go, heads and channels do."""
+    if not options.by_weight:
+        return options
+    return replace(options, method="structured", score=None, pattern=None)
 
 
 def read_model_config(model: str) -> dict[str, Any]:
@@ -300,6 +328,7 @@ def prune_memory(options: PlanOptions, config: dict[str, Any]) -> MemoryPlan:
 def choices(options: PlanOptions, config: dict[str, Any], memory: int) -> tuple[tuple[Choice, ...], Choice | None]:
     """What was tried, mildest first, and the mildest that fits. Bits before cuts: NF4 alone agrees far better
     with the large model than any cut of the same size (measured: gradient cosine .81 against .54)."""
+    options = by_units(options)
     work, hardware = workload(options), HARDWARE[options.device]
 
     def choice(ratio: Fraction | None, quantize: str) -> Choice:

@@ -20,6 +20,7 @@ from loram.data.calibration import calibration_windows, is_general
 from loram.declared import check_tensors
 from loram.families import Family, Geometry, family_of
 from loram.families.small import small_config, with_biases
+from loram.families.sparsity import check_widths
 from loram.families.widths import Widths, describe_uncut, whole_widths
 from loram.hub.download import resolve_model
 from loram.memory import check_disk
@@ -38,7 +39,7 @@ from loram.stages.choosing import Pruning, choose, cut_of, needs_of
 from loram.stages.composing import earlier_of
 from loram.stages.given import open_given
 from loram.stages.pruned import UNCALIBRATED, PruneResult, depth_words, stopped
-from loram.stages.sparsify import Sparsifying, check_widths, from_inputs, from_weights, removed
+from loram.stages.sparsify import Sparsifying, from_inputs, from_weights, removed
 from loram.training.signals import Stoppable, stop_on_signals
 
 __all__ = ["PruneResult", "prune"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from loram.checkpoint import Checkpoint, all_finite
 from loram.errors import MismatchError
 from loram.families import Family, Geometry
-from loram.families.sparsity import Sparsity
+from loram.families.sparsity import Sparsity, decoder_weights
 from loram.masks import PackedMask
 from loram.progress import Progress
 from loram.pruning.weight_score import WeightScore
@@ -43,20 +43,6 @@ class Sparsifying:
     sparsity: Sparsity
     score: WeightScore
     masks: dict[str, PackedMask] = field(default_factory=dict)
-
-
-def decoder_weights(family: Family, geometry: Geometry) -> Iterator[tuple[str, int]]:
-    """Every weight that is pruned, by name, with its input features."""
-    for layer in range(geometry.layers):
-        for weight in family.linears:
-            width = sum(geometry.size(part.count) * geometry.size(part.width) for part in weight.columns)
-            yield f"{family.module(layer, weight)}.weight", width
-
-
-def check_widths(family: Family, geometry: Geometry, sparsity: Sparsity) -> None:
-    """FamilyError where the pattern does not divide a Linear's input features."""
-    for name, width in decoder_weights(family, geometry):
-        sparsity.check_width(name.removesuffix(".weight"), width)
 
 
 def removed(family: Family, checkpoint: Checkpoint, sparsity: Sparsity, score: str) -> int:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loram.errors import FamilyError, OptionError
+from loram.errors import OptionError
 from loram.families.sparsity import Sparsity, parse_sparsity
 from loram.pruning.lowest import lowest_elements, lowest_of_groups, lowest_per_row, mark_lowest, nth_lowest
 from loram.pruning.magnitude import MAGNITUDE
@@ -116,7 +116,7 @@ def test_patterns(text: str) -> None:
     assert (sparsity.keep, sparsity.group, sparsity.removed(group * 3)) == (keep, group, 3 * (group - keep))
     sparsity.check_width("x", group * 5)
     with pytest.raises(
-        FamilyError, match=rf"--pattern {keep}:{group} does not divide a.b, which has {group + 1} input"
+        OptionError, match=rf"--pattern {keep}:{group} does not divide a.b, which has {group + 1} input"
     ):
         sparsity.check_width("a.b", group + 1)
 

@@ -147,7 +147,23 @@ def test_single_weights_are_counted_and_take_the_memory_of_all(config: Path) -> 
     assert body["bytes"]["small"] == body["bytes"]["large"]
     assert dense.peaks["train"].total > planned(config).peaks["train"].total
     assert "their zeros are stored" in str(dense)
-    assert dense.next_command == f"loram prune {config.parent} --method semi -o SMALL"
+    text = "--calibration FILE --calibration builtin"
+    assert dense.next_command == f"loram prune {config.parent} --method semi {text} -o SMALL"
+    with pytest.raises(OptionError, match=r"--pattern 3:7 does not divide model.layers.0.self_attn.q_proj, which has"):
+        planned(config, method="semi", pattern="3:7")
+
+
+@pytest.mark.parametrize("changes", [{"method": "semi", "pattern": "4:8"}, {"method": "unstructured", "ratio": "0.3"}])
+def test_memory_that_single_weights_do_not_save_is_found_by_bits_and_units(
+    changes: dict[str, Any], config: Path
+) -> None:
+    """Zeros are stored: what is suggested is a cut of heads and channels, and a command that prune takes."""
+    weights, units = planned(config, memory="6GiB", **changes), planned(config, memory="6GiB")
+    assert weights.tried == units.tried
+    assert units.choice is not None
+    assert units.choice.ratio is not None
+    assert weights.next_command == units.next_command
+    assert "--method" not in weights.next_command
 
 
 def test_what_to_type_next(config: Path) -> None:
@@ -159,6 +175,20 @@ def test_what_to_type_next(config: Path) -> None:
     assert planned(config, memory="12GiB").next_command == f"loram quantize {config.parent} --type nf4 -o SMALL"
     assert planned(config, memory="200GiB").next_command == f"loram train {config.parent} --data FILE -o ADAPTER"
     assert planned(config, memory="1GiB").next_command == ""
+    for changes, typed in [
+        ({"method": "unstructured", "ratio": "0.3"}, f"--method unstructured --ratio 0.3 {text}"),
+        (
+            {"method": "unstructured", "score": "magnitude", "quantize": "nf4"},
+            "--method unstructured --score magnitude --ratio 0.5 --quantize nf4",
+        ),
+        ({"method": "semi", "pattern": "4:8"}, f"--method semi --pattern 4:8 {text}"),
+        ({"method": "depth", "ratio": "1/4"}, f"--method depth --ratio 1/4 {text}"),
+        (
+            {"score": "wanda", "keep_first": 1, "samples": 8, "refit": False},
+            f"--score wanda --ratio 0.5 --keep-first 1 --samples 8 --no-refit {text}",
+        ),
+    ]:
+        assert planned(config, **changes).next_command == f"loram prune {config.parent} {typed} -o SMALL"
     lone = config.rename(config.with_name("Llama.json"))
     assert planned(lone).next_command == f"loram prune MODEL --ratio 0.5 {text} -o SMALL"
 

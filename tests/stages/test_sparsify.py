@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import loram.stages.prune as stage
 from loram.artifact import read_manifest
-from loram.errors import CheckpointError, FamilyError, KindError, MismatchError, OptionError, OutputError
+from loram.errors import CheckpointError, KindError, MismatchError, OptionError, OutputError
 from loram.families.sparsity import Sparsity, parse_sparsity
 from loram.families.widths import parse_ratio
 from loram.options import PruneOptions
@@ -334,10 +334,10 @@ def test_options_that_contradict_each_other(changes: dict[str, Any], message: st
 
 def test_a_pattern_that_does_not_divide(stock: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(
-        FamilyError, match=r"--pattern 3:7 does not divide model.layers.0.self_attn.q_proj, which has 48"
+        OptionError, match=r"--pattern 3:7 does not divide model.layers.0.self_attn.q_proj, which has 48"
     ):
         prune(options(stock("llama-gqa"), tmp_path / "small", method="semi", pattern="3:7"))
-    with pytest.raises(FamilyError, match=r"does not divide model.layers.0.mlp.down_proj, which has 40 input"):
+    with pytest.raises(OptionError, match=r"does not divide model.layers.0.mlp.down_proj, which has 40 input"):
         prune(options(stock("llama-gqa"), tmp_path / "small", method="semi", pattern="8:16", score="magnitude"))
     assert list(tmp_path.iterdir()) == []
 
