@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ROOT, Sample, job, run, say
 
-STEPS = 3
+STEPS, VARIED_STEPS = 3, 8
+"""Of full rows, which are all alike, and of rows of other lengths: once through all of them, in batches of eight."""
 TOKENIZER = ROOT / "tests" / "fixtures" / "tiny-llama-kjv"
 TEXT = ROOT / "loram" / "data" / "builtin.txt"
 CUTS: dict[str, tuple[str, ...]] = {
@@ -31,7 +32,10 @@ SMOLLM2 = "SmolLM2-135M"
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is trained, and how; `model` is a field of `Size`, or SmolLM2-135M from the user's cache."""
+    """What is trained, and how; `model` is a field of `Size`, or SmolLM2-135M from the user's cache.
+
+    `varied`: rows of many lengths, padded to the longest of their batch, as they are in practice.
+    """
 
     model: str
     batch: int
@@ -41,13 +45,14 @@ class Configuration:
     ratio: str | None = None
     method: str = "random"
     quantize: str = "none"
+    varied: bool = False
     more: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The configuration in a cell of a table."""
         words = [self.model, f"{self.batch}×{self.length}", self.dtype]
         words += ["checkpointing"] * self.checkpointing + ([f"ratio {self.ratio}"] if self.ratio else [])
-        words += [self.method] * (self.method != "random")
+        words += [self.method] * (self.method != "random") + ["rows of many lengths"] * self.varied
         words += [self.quantize] * (self.quantize != "none") + [" ".join(self.more).replace("--", "")] * bool(self.more)
         return ", ".join(words)
 
@@ -92,6 +97,7 @@ def configurations(size: str) -> list[Configuration]:
         *(made(SMOLLM2, 2, 256, checkpointing=again) for again in (False, True)),
         made(SMOLLM2, 2, 256, ratio="0.5"),
         made(SMOLLM2, 2, 256, quantize="nf4", checkpointing=True),
+        *(made(SMOLLM2, 8, 256, dtype, ratio="0.5", varied=True) for dtype in ("fp32", "bf16")),
     ]
 
 
@@ -138,26 +144,29 @@ class Models:
         return place
 
 
-def write_rows(folder: Path, count: int = 64) -> Path:
-    """Rows of text that are all longer than any --max-length here (about four characters a token at most)."""
+def write_rows(folder: Path, name: str, sizes: Sequence[int]) -> Path:
+    """Rows of text of so many characters."""
     text = " ".join(TEXT.read_text(encoding="utf-8").split())
-    file = folder / "rows.jsonl"
-    size = 12_000
-    rows = [text[start : start + size] for start in range(0, 97 * count, 97)]
-    assert all(len(row) == size for row in rows)
+    file = folder / f"{name}.jsonl"
+    rows = [text[97 * number : 97 * number + size] for number, size in enumerate(sizes)]
+    assert [len(row) for row in rows] == list(sizes)
     file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
     return file
 
 
 def measured(size: str, folder: Path) -> Iterator[tuple[Configuration, Sample]]:
     """Every configuration that can be trained here, one process each."""
-    models, rows = Models(size, folder), write_rows(folder)
+    models = Models(size, folder)
+    # A token is about four characters at most: all longer than any --max-length here, and 60 to 240 tokens.
+    full = write_rows(folder, "rows", [12_000] * 64)
+    varied = write_rows(folder, "varied", [240 + 37 * number % 720 for number in range(64)])
     for wanted in configurations(size):
         model, out = models.get(wanted), folder / "adapter"
         if model is None:
             say(f"  {wanted}: left out, the model is not in the cache")
             continue
-        command = ["train", model, "--data", rows, "-o", out, "--steps", STEPS, "--save-every", 0, *wanted.flags()]
+        rows, steps = (varied, VARIED_STEPS) if wanted.varied else (full, STEPS)
+        command = ["train", model, "--data", rows, "-o", out, "--steps", steps, "--save-every", 0, *wanted.flags()]
         sample = run(job("loram-json", *command), folder)
         shutil.rmtree(out)
         error = sample.figures["predicted_bytes"] / sample.peak - 1

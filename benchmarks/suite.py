@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.measure import Command, Sample, after_start, beyond, job, ratio, run
-from benchmarks.memory import STEPS, error_of, measured
+from benchmarks.memory import STEPS, VARIED_STEPS, error_of, measured
 from benchmarks.outcome import Bench, Goal, Outcome
 from benchmarks.sparse import loop, sparsify
 from benchmarks.streaming import depth, limited
@@ -209,7 +209,8 @@ def memory(bench: Bench) -> Outcome:
     ]
     setting = (
         f"narrow: {bench.describe('narrow')}; wide: {bench.describe('wide')}; batch × tokens of full rows, {STEPS} "
-        "steps of `loram train` on the CPU, LoRA of rank 8 on all Linears, dropout 0.05 unless said; one run of each. "
+        f"steps of `loram train` on the CPU, {VARIED_STEPS} where rows have many lengths, LoRA of rank 8 on all "
+        "Linears, dropout 0.05 unless said; one run of each. "
         "All but the allocator's share is derived; that share was fitted to an earlier run of these configurations. "
         "On a GPU, where the aim is 10 %, it has not been run"
     )

@@ -28,6 +28,7 @@ from loram.errors import CheckpointError, DataError, FamilyError, is_out_of_memo
 from loram.families import FAMILIES, Family, family_of, is_small_config
 from loram.families.small import WIDTHS_KEY
 from loram.families.widths import Widths
+from loram.memory import bound_kernel_caches
 from loram.quantization.loading import keep_unpacked, require_library, settle
 
 
@@ -121,6 +122,7 @@ def load_small(path: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedMod
 
 def load_model(path: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> PreTrainedModel:
     """A large or small model. `dtype`: auto (the checkpoint's), bf16, fp16, fp32, or a torch dtype."""
+    bound_kernel_caches()
     kwargs["dtype"] = BY_FLAG.get(dtype, dtype) if isinstance(dtype, str) else dtype
     kwargs = {"low_cpu_mem_usage": True, "use_safetensors": True, "trust_remote_code": False} | kwargs
     classes = classes_in(path)
@@ -149,6 +151,7 @@ def empty_model(path: str | Path, dtype: torch.dtype | None = None) -> Any:
 
     Buffers that are no part of the checkpoint (rotary frequencies) are real.
     """
+    bound_kernel_caches()
     classes = classes_in(path)
     config = (classes[0] if classes else AutoConfig).from_pretrained(str(path), trust_remote_code=False)
     with init_empty_weights(include_buffers=False), WithoutMemory():

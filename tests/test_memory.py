@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import subprocess
@@ -9,11 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from loram.device import native_bf16
 from loram.errors import OptionError
 from loram.memory import (
+    KERNEL_CACHES,
+    KERNELS,
     _group_leaves,
     available_bytes,
+    bound_kernel_caches,
     format_bytes,
     give_back,
     parse_bytes,
@@ -22,6 +28,7 @@ from loram.memory import (
 )
 
 GIB = 2**30
+UNBOUND = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
@@ -107,3 +114,38 @@ def test_holes_in_the_heap_are_given_back() -> None:
     give_back()
     assert resident_bytes() < full - 100_000_000
     assert len(last) == 100_000
+
+
+KERNELS_MADE = """
+import torch
+from loram.memory import bound_kernel_caches
+if BOUND: bound_kernel_caches()
+weight = torch.ones(64, 64, dtype=torch.bfloat16)
+for rows in [*range(64, 384), 64]:
+    torch.ones(rows, 64, dtype=torch.bfloat16) @ weight
+"""
+
+
+@pytest.mark.skipif(not native_bf16() or torch.cuda.is_available(), reason="oneDNN computes bf16 in hardware")
+@pytest.mark.parametrize(("bound", "given", "made"), [(False, {}, 320), (True, {}, 321), (True, {UNBOUND: "999"}, 320)])
+def test_kernels_of_shapes_that_are_long_past_are_dropped(bound: bool, given: dict[str, str], made: int) -> None:
+    """320 shapes, and the first of them again: oneDNN itself says how many kernels it has made."""
+    environment = {key: value for key, value in os.environ.items() if key not in sum(KERNEL_CACHES, ())}
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS_MADE.replace("BOUND", str(bound))],
+        env=environment | given | {"ONEDNN_VERBOSE": "all"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("create:cache_miss,cpu,matmul") == made
+
+
+def test_a_bound_that_is_set_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in sum(KERNEL_CACHES, ()):
+        monkeypatch.setenv(name, "")  # so that what is set here is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DNNL_PRIMITIVE_CACHE_CAPACITY", "7")
+    bound_kernel_caches()
+    assert os.environ["LRU_CACHE_CAPACITY"] == str(KERNELS)
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
