@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks import findings
 from benchmarks.cells import RESULTS
-from benchmarks.findings import FIRST, HALF, NOT_RUN, findings
+from benchmarks.findings import FIRST, HALF, NOT_RUN
 from benchmarks.grid import CHOICES, DEEP, ELSEWHERE, LEVERS, METHODS, MODELS, RATES, SPARSIFIED, TASKS, UNCUT, Cell
 from benchmarks.kept_gain import Outcome, Records, spelled
 from benchmarks.pictures import Bar, Line, bars, lines
@@ -228,7 +229,7 @@ def page(folder: Path = RESULTS) -> str:
     parts = [
         HEAD,
         section("Measured", setting(records), "\n".join(table(records, rows(MODEL))), READING),
-        section("What to read from it", findings(records)),
+        section("What to read from it", findings.findings(records)),
         section("Learning rates", RATES_TEXT, "\n".join(rates(records))),
         section("Other models and data", *elsewhere(folder)),
         section("Ablation: recovery and alignment", ABLATION, "\n".join(ablation(records)), commands_of_ablation()),
@@ -281,8 +282,10 @@ def setting(records: Records) -> str:
 
 def elsewhere(folder: Path) -> Iterator[str]:
     """The same on other models and data: what a user would choose from."""
-    for model, task in ELSEWHERE:
-        found = Records(model, task, folder)
+    every = [Records(model, task, folder) for model, task in ELSEWHERE]
+    if every[0].ceiling is not None:
+        yield findings.elsewhere(every[0], every[-1])
+    for found in every:
         yield setting(found)
         if found.ceiling is not None:
             yield "\n".join(table(found, [("nf4", "", None), *((name, HALF, FIRST) for name in CHOICES)]))
