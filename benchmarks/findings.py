@@ -152,10 +152,9 @@ def elsewhere(gemma: Records, arc_easy: Records) -> str:
     mended = "" if repaired == NOT_RUN else f" ({repaired} repaired layer by layer)"
     return (
         f"**Another family gives the same order.** Gemma 3 270M keeps {of.whole('nf4', '')} in 4 bit with nothing cut, "
-        f"{of.best('taylor')} after a cut by Taylor{mended} and {of.best('random')} after a random one. Five eighths of "
-        f"its parameters are embeddings, and its single kv head leaves attention whole: the cut takes "
+        f"{of.best('taylor')} after a cut by Taylor{mended} and {of.best('random')} after a random one. Five eighths "
+        "of its parameters are embeddings, and its single kv head leaves attention whole: the cut takes "
         f"{of.saved('taylor')} times fewer bytes, 4 bit {of.saved('nf4', '', None)} times. Such a model is not one to "
-        "cut. (Its weights came from a 4 bit file, Q4_K_M, and were bf16 again before any of this.) On ARC-Easy, whose "
-        f"answers are some 7 tokens, 4 bit keeps {other.whole('nf4', '')}, the cut by Taylor {other.best('taylor')}, a "
-        f"random one {other.best('random')}."
+        f"cut. On ARC-Easy, whose answers are some 7 tokens, 4 bit keeps {other.whole('nf4', '')}, the cut by Taylor "
+        f"{other.best('taylor')}, a random one {other.best('random')}."
     )
