@@ -248,8 +248,8 @@ def page(folder: Path = RESULTS) -> str:
 READING = """*Layers whole* are those that nothing is cut from. *±* is one standard error over the held-out rows, which
 all figures share; with several seeds the mean is in front. *Parameters ÷* and *bytes ÷* are what was achieved,
 embeddings included: a ratio of 0.5 is far from half of a model this small. Zeros of single-weight masks are stored, so
-they save no bytes. The weights of all models on this page came from 4 bit GGUF files (SmolLM2: `make model`) and were made
-bf16 again before any of this, so 4 bit may do a little better here than with the published weights."""
+they save no bytes. The weights of all models on this page came from 4 bit GGUF files (SmolLM2: `make model`) and were
+made bf16 again before any of this, so 4 bit may do a little better here than with the published weights."""
 RATES_TEXT = """Both sides were tried at the same rates. The ceiling is the best of its row. In the table above every
 small model is at the best of the rates it was tried at; the others are in brackets. The ablations are all at the first
 rate. Held-out losses:"""
