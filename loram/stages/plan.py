@@ -209,7 +209,7 @@ def plan(options: PlanOptions, progress: Progress = SILENT) -> PlanResult:
         tried=tried,
         changes=cheapest(asked_for(options, small_model), memory) if unfit else (),
         nonzero=large.total - options.sparsity.removed(large.linear) if options.sparsity else None,
-        notes=notes_on(options, geometry, small_model),
+        notes=(*notes_on(options, geometry, small_model), *note_on_embeddings(geometry, large)),
         next_command=next_command(options, memory, choice),
     )
 
@@ -222,6 +222,12 @@ def notes_on(options: PlanOptions, geometry: Geometry, small: Model) -> tuple[st
         left = int(small.config["num_hidden_layers"])
         return (f"{left} of {geometry.layers} layers stay; which ones, prune decides by its calibration text",)
     return tuple(describe_uncut(geometry.kv_heads, geometry.mlp, small.widths))
+
+
+def note_on_embeddings(geometry: Geometry, large: Counts) -> tuple[str, ...]:
+    """Why a cut saves so little where most of a model is its vocabulary."""
+    share = geometry.vocab * geometry.hidden * (1 if geometry.tied else 2) / large.total
+    return () if share < 0.5 else (f"{share:.0%} of the parameters are embeddings, which are never cut",)
 
 
 def next_command(options: PlanOptions, memory: int | None, choice: Choice | None) -> str:

@@ -62,6 +62,23 @@ def test_what_is_planned_is_what_prune_makes(name: str, stock: Callable[[str], P
     assert (uncut in found.notes) == (uncut in str(found)) == name.endswith("-mqa")
 
 
+@pytest.mark.parametrize(("tied", "said"), [(True, 50), (False, 67)])
+def test_a_model_that_is_mostly_vocabulary_is_said_to_be(tied: bool, said: int, tmp_path: Path) -> None:
+    """Shares by the definition: the rest is 40 layers of 4 h² + 3 h m and their norms, and the last norm."""
+    hidden, mlp, layers = 5120, 13824, 40
+    rest = layers * (4 * hidden**2 + 3 * hidden * mlp + 2 * hidden) + hidden
+    vocab = -(-rest // hidden)  # as much again, in one table
+    (tmp_path / "config.json").write_text(
+        json.dumps(LLAMA_13B | {"vocab_size": vocab, "tie_word_embeddings": tied}), encoding="utf-8"
+    )
+    assert planned(tmp_path / "config.json").notes == (
+        f"{said}% of the parameters are embeddings, which are never cut",
+    )
+    smaller = LLAMA_13B | {"vocab_size": vocab // 3, "tie_word_embeddings": tied}
+    (tmp_path / "config.json").write_text(json.dumps(smaller), encoding="utf-8")
+    assert planned(tmp_path / "config.json").notes == ()
+
+
 def test_memory_names_the_mildest_that_fits(config: Path) -> None:
     whole = planned(config, memory="200GiB")
     assert whole.choice is not None
