@@ -78,16 +78,19 @@ class Stop(Progress):
 
     def __init__(self, label: str, after: int, number: int = signal.SIGTERM) -> None:
         self.wanted, self.left, self.number = label, after, number
-        self.label = ""
+        self.labels: list[str] = []
 
     def begin(self, label: str, total: int) -> None:
-        self.label = label
+        self.labels.append(label)
 
     def advance(self, amount: int = 1, **figures: float) -> None:
-        if self.label.startswith(self.wanted):
+        if self.labels[-1].startswith(self.wanted):
             self.left -= 1
             if self.left == 0:
                 os.kill(os.getpid(), self.number)
+
+    def end(self) -> None:
+        self.labels.pop()
 
 
 @pytest.mark.parametrize("memory", ["0", "1KiB"])
