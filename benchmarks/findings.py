@@ -149,7 +149,7 @@ def elsewhere(gemma: Records, arc_easy: Records) -> str:
     """What another family and another task add, a small model of which most are embeddings among them."""
     of, other = Figures(gemma), Figures(arc_easy)
     repaired = of.best("taylor-block")
-    mended = "" if repaired == NOT_RUN else f" ({repaired} repaired layer by layer)"
+    mended = "" if repaired == NOT_RUN else f" ({repaired} where it is repaired layer by layer as well)"
     return (
         f"**Another family gives the same order.** Gemma 3 270M keeps {of.whole('nf4', '')} in 4 bit with nothing cut, "
         f"{of.best('taylor')} after a cut by Taylor{mended} and {of.best('random')} after a random one. Five eighths "
