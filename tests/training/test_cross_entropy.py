@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -72,10 +73,13 @@ def test_loss_and_gradients_are_the_plain_ones(name: str, targets: tuple[str, ..
 
 def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
+    logits: list[weakref.ref[torch.Tensor]] = []
     real = torch.Tensor.logsumexp
 
     def watching(self: torch.Tensor, *arguments: Any, **more: Any) -> torch.Tensor:
         seen.append(len(self))
+        assert not any(earlier() is not None for earlier in logits), "an earlier chunk is still in memory"
+        logits.append(weakref.ref(self))
         return real(self, *arguments, **more)
 
     monkeypatch.setattr(torch.Tensor, "logsumexp", watching)
