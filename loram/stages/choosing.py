@@ -35,7 +35,7 @@ from loram.sealing import Steps
 from loram.shards import write_tensors
 from loram.stages.composing import Earlier
 from loram.stages.given import GivenSparse
-from loram.stages.sparsify import linear
+from loram.stages.sparsify import linear, warn_of_few
 
 if TYPE_CHECKING:  # it brings transformers, which streaming does without
     from loram.blockwise import Block, BlockRunner, Fluctuation, Norm, SecondMoment
@@ -171,6 +171,8 @@ def layer_steps(work: Pruning, runner: BlockRunner, progress: Progress) -> Itera
     assert work.windows is not None
     assert work.steps is not None
     layers, drawn = work.cut_layers, random_axes(work)
+    if work.refits:
+        warn_of_few(work.windows.numel(), max(work.widths.mlp[layer] for layer in layers))
     if work.score_needs == "gradients":
         progress.begin("score", runner.layers + len(layers))
         visit = partial(weigh, work)

@@ -26,6 +26,7 @@ from loram.pruning.residual import Residual
 from loram.pruning.selection import layers_left
 from loram.shards import write_tensors
 from loram.stages.choosing import Pruning, cut_of
+from loram.stages.sparsify import warn_of_few
 
 logger = logging.getLogger(__name__)
 FILE = "influence.json"
@@ -69,6 +70,7 @@ def mend(work: Pruning, runner: BlockRunner, spill: Path, progress: Progress) ->
     """Refit the down before each gap; from there on, the large and the small stream run side by side."""
     assert work.windows is not None
     assert work.layers is not None
+    warn_of_few(work.windows.numel(), work.geometry.mlp)
     first = min(set(range(runner.layers)) - set(work.layers))
     large, small = runner.embed(work.windows), runner.hidden(work.windows.shape, copies=2)
     for block in runner.blocks(large, stop=max(first - 1, 0)):

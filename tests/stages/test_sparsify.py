@@ -199,10 +199,24 @@ def test_calibration_text_is_read_as_for_structured(score: str, tmp_path: Path) 
     assert one == two
 
 
-def test_too_few_tokens_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"method": "semi", "score": "sparsegpt"},
+        {"method": "structured", "score": "wanda", "keep_first": 1, "keep_last": 1},
+        {"method": "structured", "keep_first": 1, "keep_last": 1},
+        {"method": "depth", "keep_first": 1, "keep_last": 1},
+    ],
+    ids=lambda how: " ".join(map(str, how.values())),
+)
+def test_too_few_tokens_are_warned_of(how: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fixture = Path(__file__).parents[1] / "fixtures" / "tiny-llama-kjv"
-    prune(options(fixture, tmp_path / "small", method="semi", score="sparsegpt", samples=1, length=16))
+    prune(options(fixture, tmp_path / "small", samples=1, length=16, **how))
     assert "16 tokens of calibration text are fewer than a Linear's input features" in caplog.text
+    caplog.clear()
+    if how["method"] != "semi":
+        prune(options(fixture, tmp_path / "as-cut", samples=1, length=16, refit=False, **how))
+        assert "fewer than" not in caplog.text
 
 
 # ---- --method given ----
