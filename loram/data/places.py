@@ -61,7 +61,7 @@ def parse_place(name: str) -> Place:
         return place
     identifier, colon, config = rest.partition(":")
     if not looks_like_hub_id(identifier) or (colon and not config):
-        raise DataError(f"{rest} does not exist; check the path given to --data")
+        raise DataError(f"{rest} does not exist; check the path")
     return Place(identifier, config or None, split or None)
 
 
