@@ -180,5 +180,8 @@ def error_of(sample: Sample) -> float:
 
 
 def kept_figures(body: dict[str, Any]) -> dict[str, Any]:
-    """Of what `loram train --json` printed, what the comparison needs."""
+    """Of what `loram train --json` printed, or `loram plan --json` for prune, what the comparison needs."""
+    if "stages" in body:
+        prune = body["stages"]["prune"]
+        return {"predicted_bytes": prune["peak_bytes"], "predicted_parts": prune["parts"]}
     return {name: body[name] for name in ("predicted_bytes", "predicted_parts", "peak_bytes")}

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.calibration import calibration
 from benchmarks.measure import Command, Sample, after_start, beyond, job, ratio, run
 from benchmarks.memory import STEPS, VARIED_STEPS, error_of, measured
 from benchmarks.outcome import Bench, Goal, Outcome
@@ -229,4 +230,5 @@ SUITE: dict[str, Callable[[Bench], Outcome]] = {
     "limited": limited,
     "help": show_help,
     "memory": memory,
+    "calibration": calibration,
 }

@@ -222,38 +222,6 @@ def streaming_memory() -> MemoryPlan:
     return MemoryPlan({"runtime": CPU.streaming, "tiles": TILE})
 
 
-def calibrated_memory(
-    config: Mapping[str, Any],
-    samples: int,
-    length: int,
-    *,
-    gradients: bool = False,
-    hessians: bool = False,
-    moments: bool = True,
-) -> MemoryPlan:
-    """Calibrated pruning, block after block in fp32 (`loram.blockwise`): estimated, not compared with measurements.
-
-    `gradients` (Taylor): those of the block, and the inputs of all blocks. `hessians` (SparseGPT): one of every input.
-    `moments`: those of the inputs of o and down, which all but depth without a refit look at.
-    """
-    geometry = family_of(config).geometry(config)
-    block = count(config).linear // geometry.layers * 4
-    queries = geometry.heads * geometry.head_dim
-    squares = geometry.mlp**2 + queries**2 + (2 * geometry.hidden**2 if hessians else 0)
-    states = samples * length * geometry.hidden * 4
-    copies = geometry.layers + 1 if gradients else 2
-    parts = {
-        "runtime": CPU.training,
-        "block": block * (2 if gradients else 1),
-        "second moments": squares * 4 + geometry.mlp**2 * 16 if moments else 0,  # solved in fp64, twice as large
-        "hidden states": copies * states if copies * states <= HIDDEN_MEMORY else 0,  # else they are in a file
-        "activations": ROWS * length * (geometry.mlp * 3 + geometry.hidden * 4) * 4 * (2 if gradients else 1),
-    }
-    if gradients:
-        parts["head"] = geometry.vocab * geometry.hidden * 4
-    return MemoryPlan(parts)
-
-
 def recovery_memory(config: Mapping[str, Any], rank: int, targets: tuple[str, ...]) -> MemoryPlan:
     """Recover: the adapter twice (small and large), fp32."""
     return MemoryPlan({"runtime": CPU.streaming, "adapters": lora_parameters(config, rank, targets) * 4 * 3})

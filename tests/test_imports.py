@@ -49,6 +49,7 @@ LAYERS: list[set[str]] = [
         "sizes",
         "activations",
         "memory_model",
+        "calibration_memory",
         "advice",
         "adapter",
         "renumbering",
@@ -89,6 +90,7 @@ SIBLINGS = {
     "activations": {"sizes"},
     "memory_model": {"sizes", "activations"},
     "advice": {"activations", "memory_model"},
+    "calibration_memory": {"activations", "memory_model", "sizes"},
     "stored": {"artifact"},
     "checkpoint": {"stored"},
     "declared": {"stored"},
@@ -119,7 +121,7 @@ NO_TORCH = {
     ),
     *("results", "version"),
     *("artifact", "recipe", "numbering", "drawing", "declared", "portability"),
-    *("memory", "sizes", "activations", "memory_model", "advice"),
+    *("memory", "sizes", "activations", "memory_model", "calibration_memory", "advice"),
 }
 HEAVY = {
     "torch",

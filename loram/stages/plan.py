@@ -10,7 +10,8 @@ from typing import Any
 
 from loram.activations import Workload
 from loram.advice import Change, Training, cheapest
-from loram.artifact import read_json
+from loram.artifact import read_json, read_manifest
+from loram.calibration_memory import Calibration, calibrated_memory
 from loram.errors import FamilyError, InputError, OptionError
 from loram.families import Geometry, family_of, is_small_config
 from loram.families.small import with_biases, without_layers
@@ -23,7 +24,6 @@ from loram.memory_model import (
     HARDWARE,
     MemoryPlan,
     Model,
-    calibrated_memory,
     reconstruction_memory,
     recovery_memory,
     streaming_memory,
@@ -32,8 +32,9 @@ from loram.memory_model import (
 from loram.option_fields import flag
 from loram.options import AlignOptions, PlanOptions, TrainOptions
 from loram.progress import SILENT, Progress
+from loram.prune_options import QUANTIZATIONS
 from loram.results import StageResult
-from loram.sizes import Counts, count, paper_bytes, weight_bytes
+from loram.sizes import VALUE_BYTES, Counts, count, paper_bytes, weight_bytes
 from loram.train_options import may_be_streamed
 
 BAR = 24
@@ -278,7 +279,9 @@ def read_model_config(model: str) -> dict[str, Any]:
     config = read_json(file)
     if not isinstance(config, dict):
         raise InputError(f"{file} is not a JSON object; give a model's config.json")
-    if is_small_config(config):
+    manifest = read_manifest(file.parent) if file.name == "config.json" else None
+    narrowed = manifest is not None and not {"axes", "mask", *QUANTIZATIONS}.isdisjoint(manifest.compression)
+    if is_small_config(config) or narrowed:  # what lost whole layers only may be pruned once more
         raise FamilyError(f"{model} is a small model; plan for the large one")
     return config
 
@@ -319,15 +322,21 @@ def asked_for(options: PlanOptions, small: Model) -> Training:
 
 def prune_memory(options: PlanOptions, config: dict[str, Any]) -> MemoryPlan:
     """Peak of prune: a few tiles when it streams, a block with what is known of its inputs when it calibrates."""
-    if options.method in ("random", "given") or options.importance == "magnitude":
+    if options.method == "random" or (options.importance == "magnitude" and (options.by_weight or not options.refit)):
         return streaming_memory()
+    by_units = options.method == "structured"
+    widths = cut_model(options, config, parse_ratio(options.ratio)).widths if options.refit and by_units else None
     return calibrated_memory(
         config,
-        options.samples,
-        options.length,
-        gradients=options.importance == "taylor",
-        hessians=options.importance == "sparsegpt",
-        moments=options.method != "depth" or (options.refit and family_of(config).adds_outputs),
+        Calibration(
+            options.samples,
+            options.length,
+            VALUE_BYTES[options.dtype],
+            kept=None if widths is None else min(widths.mlp),
+            gradients=options.importance == "taylor",
+            hessians=options.importance == "sparsegpt",
+            gaps=options.method == "depth" and options.refit and family_of(config).adds_outputs,
+        ),
     )
 
 

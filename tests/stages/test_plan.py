@@ -117,7 +117,10 @@ def test_peaks_move_with_what_they_are_made_of(config: Path) -> None:
     assert planned(config, max_length=2048).peaks["train"].total > plain
     assert planned(config, checkpointing=False).peaks["train"].total > plain
     assert planned(config, rank=64).peaks["train"].total > plain
-    assert planned(config, score="magnitude").peaks["prune"].total <= 400 * 2**20
+    assert planned(config, score="magnitude", refit=False).peaks["prune"].total <= 400 * 2**20
+    assert planned(config, method="semi", score="magnitude").peaks["prune"].total <= 400 * 2**20
+    refitted = planned(config, score="magnitude").peaks["prune"]  # what is said to be typed names text
+    assert refitted == planned(config, score="wanda").peaks["prune"]
     assert planned(config, method="random").peaks["prune"].total <= 400 * 2**20
     assert planned(config).peaks["merge"].total <= 400 * 2**20
     calibrated = planned(config, score="wanda").peaks["prune"].total
@@ -230,6 +233,16 @@ def test_what_cannot_be_planned_is_refused(config: Path, tmp_path: Path) -> None
         planned(tmp_path / "gone")
     with pytest.raises(HubError, match="cannot be reached"):
         planned(Path("nobody/nothing"))
+
+
+def test_a_small_model_of_the_large_one_s_shapes_is_told_by_its_manifest(
+    stock: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Its config.json says nothing of masks or bits; prune would refuse what is planned."""
+    out = tmp_path / "small"
+    prune(PruneOptions(model=str(stock("llama-gqa")), method="semi", score="magnitude", out=str(out)))
+    with pytest.raises(FamilyError, match="is a small model; plan for the large one"):
+        planned(out, keep_first=1, keep_last=0)
 
 
 def test_no_weight_is_read(stock: Callable[[str], Path], tmp_path: Path) -> None:
