@@ -57,7 +57,10 @@ def backward(block: Block, slope: Hidden, keep: bool, inputs: Inputs | None = No
             gather(linears, found)
     for name, gradient in found.items():
         if not all_finite(gradient):
-            raise MismatchError(f"layer {block.number}: the gradient of {name} is NaN or Inf; the weights are damaged")
+            raise MismatchError(
+                f"layer {block.number}: the gradient of {name} is NaN or Inf; the model's weights are damaged: "
+                "fetch them again"
+            )
     return found
 
 

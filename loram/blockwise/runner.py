@@ -107,8 +107,8 @@ class Block:
                 y = self(x)
                 if not all_finite(y):
                     raise MismatchError(
-                        f"layer {self.number}: its output is NaN or Inf; the model's weights are damaged, "
-                        f"or too large for {str(y.dtype).removeprefix('torch.')}"
+                        f"layer {self.number}: its output is NaN or Inf; the model's weights are damaged "
+                        f"(fetch them again), or too large for {str(y.dtype).removeprefix('torch.')}"
                     )
                 if around is not None:
                     around(x, y)

@@ -44,7 +44,7 @@ class Residual:
         if mask is None:
             return torch.cholesky_solve(self.cross.T, damped_factor(moment, what, damping)).T
         if not bool(torch.isfinite(scale)):
-            raise MismatchError(f"the input of {what} is NaN or Inf; the model's weights are damaged")
+            raise MismatchError(f"the input of {what} is NaN or Inf; the model's weights are damaged: fetch them again")
         moment.diagonal().add_(damping * scale)
         return masked_solve(moment, self.cross, mask.to(moment.device))
 

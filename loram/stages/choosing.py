@@ -257,7 +257,8 @@ def refuse_damaged(work: Pruning, layer: int, seen: Seen) -> None:
     for name, found in seen.items():
         if not all_finite(found.norm):
             raise MismatchError(
-                f"the input of {work.family.prefix}{layer}.{name} is NaN or Inf; the model's weights are damaged"
+                f"the input of {work.family.prefix}{layer}.{name} is NaN or Inf; the model's weights are damaged: "
+                "fetch them again"
             )
 
 

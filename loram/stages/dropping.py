@@ -117,7 +117,7 @@ def refit_down(work: Pruning, block: Block, target: Hidden, spill: Path) -> None
     assert isinstance(weight, Tensor)
     update = found.update(what=full)
     if not all_finite(update):
-        raise MismatchError(f"the refit of {full} is NaN or Inf; the model's weights are damaged")
+        raise MismatchError(f"the refit of {full} is NaN or Inf; the model's weights are damaged: fetch them again")
     stored = (weight.double() + update).to(work.checkpoint.entry(full).dtype)
     weight.data.copy_(stored)  # later blocks see it as it is stored, rounding included
     write_tensors(spill / f"{full}.safetensors", {full: stored.cpu()})

@@ -127,7 +127,7 @@ def prune_group(work: Sparsifying, weights: dict[str, Tensor], observed: Tensor,
     assert work.score.prune is not None
     first = next(iter(weights)).removesuffix(".weight")
     if not all_finite(observed):
-        raise MismatchError(f"the input of {first} is NaN or Inf; the model's weights are damaged")
+        raise MismatchError(f"the input of {first} is NaN or Inf; the model's weights are damaged: fetch them again")
     found = work.score.prune(list(weights.values()), observed, work.sparsity, first)
     masks = {}
     for (name, weight), (new, gone) in zip(weights.items(), found, strict=True):
