@@ -46,7 +46,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, help="runs of each contender")
     parser.add_argument("--fresh", action="store_true", help="forget the figures of benchmarks that are not run")
-    parser.add_argument("--scratch", help="folder on a disk with 10 GB free, not in memory (default: the system's)")
+    parser.add_argument(
+        "--scratch", help="folder on a disk with 10 GB free (stages: 45 GB), not in memory (default: the system's)"
+    )
     parser.add_argument(
         "--output", type=Path, default=RESULTS, help="where the figures go (default: results.json here)"
     )

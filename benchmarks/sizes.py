@@ -48,6 +48,7 @@ class Size:
     wide: Shape
     deep: Shape
     huge: Shape
+    real: Shape
     rank: int
     rounds: int
     help_rounds: int
@@ -73,6 +74,7 @@ SIZES = {
         wide=Shape(hidden=128, mlp=352, layers=4, heads=4, kv_heads=2, vocab=2000),
         deep=Shape(hidden=64, mlp=176, layers=8, heads=4, kv_heads=2, vocab=2000),
         huge=Shape(hidden=128, mlp=352, layers=8, heads=4, kv_heads=2, vocab=2000),
+        real=Shape(hidden=128, mlp=352, layers=8, heads=4, kv_heads=2, vocab=2000),
         rank=4,
         rounds=1,
         help_rounds=2,
@@ -89,7 +91,8 @@ SIZES = {
     ),
     # 1.1 billion parameters to merge and prune (the shape of TinyLlama), 125 million to train on; for the step beside
     # the stock Trainer, four layers of SmolLM2-135M's shape under its vocabulary; 40 and 168 million whose memory is
-    # predicted; layers of 3 million to stack; and 2.2 billion (4 GiB) to prune where memory is limited.
+    # predicted; layers of 3 million to stack; 2.2 billion (4 GiB) to prune where memory is limited; and the shape of
+    # Llama-3.1-8B for every stage.
     "full": Size(
         checkpoint=Shape(hidden=2048, mlp=5632, layers=22, heads=32, kv_heads=4, vocab=32000),
         trained=Shape(hidden=768, mlp=2048, layers=12, heads=12, kv_heads=4, vocab=32000),
@@ -98,6 +101,7 @@ SIZES = {
         wide=Shape(hidden=1024, mlp=2816, layers=12, heads=16, kv_heads=4, vocab=16000),
         deep=Shape(hidden=512, mlp=1408, layers=8, heads=8, kv_heads=4, vocab=4000),
         huge=Shape(hidden=2048, mlp=5632, layers=46, heads=32, kv_heads=4, vocab=32000),
+        real=Shape(hidden=4096, mlp=14336, layers=32, heads=32, kv_heads=8, vocab=128256),
         rank=16,
         rounds=3,
         help_rounds=15,

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.calibration import calibration
+from benchmarks.full_size import stages
 from benchmarks.measure import Command, Sample, after_start, beyond, job, ratio, run
 from benchmarks.memory import STEPS, VARIED_STEPS, error_of, measured
 from benchmarks.outcome import Bench, Goal, Outcome
@@ -228,6 +229,7 @@ SUITE: dict[str, Callable[[Bench], Outcome]] = {
     "sparsify": sparsify,
     "depth": depth,
     "limited": limited,
+    "stages": stages,
     "help": show_help,
     "memory": memory,
     "calibration": calibration,

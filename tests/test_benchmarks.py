@@ -227,7 +227,7 @@ def test_time_of_a_layer_is_that_of_those_that_were_added() -> None:
 def test_every_size_has_a_model_that_can_be_cut() -> None:
     assert SIZES["full"].huge.layers == 46
     for size in SIZES.values():
-        for shape in (size.checkpoint, size.trained, size.stepped, size.deep, size.huge):
+        for shape in (size.checkpoint, size.trained, size.stepped, size.deep, size.huge, size.real):
             assert shape.hidden % shape.heads == 0
             assert shape.heads % shape.kv_heads == 0
             assert shape.kv_heads >= 2
