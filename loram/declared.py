@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loram.errors import CheckpointError, FamilyError
+from loram.errors import CheckpointError, FamilyError, KindError
 from loram.families import Family
 from loram.stored import CODES, StoredModel
 
@@ -13,7 +13,7 @@ def check_tensors(checkpoint: StoredModel, family: Family) -> None:
     """Every tensor that the config promises is there in the declared shape, and no other is."""
     config = checkpoint.config
     if config.get("quantization_config"):
-        raise CheckpointError(f"{checkpoint.folder} is quantized; pruning needs the 16-bit original: give that")
+        raise KindError(f"{checkpoint.folder} is quantized; pruning needs the 16-bit original: give that")
     geometry = family.geometry(config)
     declared: set[str] = set()
     for name, dimensions, _ in family.tensors(config):

@@ -21,19 +21,17 @@ from torch import Tensor
 from loram.adapter import Adapter, LoraPair
 from loram.artifact import write_json
 from loram.checkpoint import FLOATS, INDEX, Checkpoint, TensorEntry, all_finite, read_metadata
-from loram.errors import AdapterError, CheckpointError, MismatchError
+from loram.errors import AdapterError, CheckpointError, KindError, MismatchError
 from loram.quantization.loading import quantization_of
 from loram.shards import ShardWriter, TensorPlan, index_of, plan_header
 from loram.stored import IN_FLIGHT
 
 
 def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
-    """CheckpointError for a base in few bits."""
+    """KindError for a base in few bits."""
     method = quantization_of(config)
     if method is not None:
-        raise CheckpointError(
-            f"{folder} is quantized ({method}); merging would round the update away: give the 16-bit one"
-        )
+        raise KindError(f"{folder} is quantized ({method}); merging would round the update away: give the 16-bit one")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from loram.artifact import Draft, Manifest, check_output, drafting, read_manifes
 from loram.checkpoint import Checkpoint, describe_base
 from loram.cutting import is_decoder_linear, stored_config
 from loram.declared import check_tensors
-from loram.errors import CheckpointError, InputError, KindError
+from loram.errors import InputError, KindError
 from loram.families import family_of, is_small_config
 from loram.hub.download import resolve_model
 from loram.memory import check_disk, format_bytes
@@ -101,7 +101,7 @@ def sources_of(checkpoint: Checkpoint, *, whole: bool) -> list[Source]:
     """Every tensor of the model, in the order of the forward pass; refuses a model that cannot be quantized."""
     method = quantization_of(checkpoint.config)
     if method is not None:
-        raise CheckpointError(
+        raise KindError(
             f"{checkpoint.folder} is quantized already ({method}); give the 16-bit model that it was made from"
         )
     family = family_of(checkpoint.config)

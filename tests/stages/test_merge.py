@@ -175,7 +175,7 @@ def test_bases_that_cannot_take_the_adapter_are_refused(tmp_path: Path, stock: C
     quantized = shutil.copytree(base, tmp_path / "quantized")
     config = raw_config(base) | {"quantization_config": {"quant_method": "bitsandbytes"}}
     (quantized / "config.json").write_text(json.dumps(config))
-    refused(CheckpointError, r"is quantized \(bitsandbytes\).*give the 16-bit one", adapter, quantized, out)
+    refused(KindError, r"is quantized \(bitsandbytes\).*give the 16-bit one", adapter, quantized, out)
     tensors = {key: value.clone() for key, value in load_file(base / SINGLE).items()}
     tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(48, 48, dtype=torch.int8)
     save_file(tensors, quantized / SINGLE)

@@ -330,7 +330,7 @@ def changed(name: str, folder: Path, **config: Any) -> Path:
         ({"attention_bias": True}, CheckpointError, "has no tensor model.layers.0.self_attn.q_proj.bias"),
         ({"hidden_size": ...}, FamilyError, "hidden_size is missing"),
         ({"model_type": "mixtral"}, FamilyError, "mixture of experts"),
-        ({"quantization_config": {"quant_method": "gptq"}}, CheckpointError, "is quantized"),
+        ({"quantization_config": {"quant_method": "gptq"}}, KindError, "is quantized"),
     ],
 )
 def test_a_config_that_contradicts_the_tensors_is_refused(

@@ -198,10 +198,10 @@ def test_an_interrupted_call_leaves_nothing_at_out(
 
 def test_what_is_quantized_already_is_refused(stock: Callable[[str], Path], tmp_path: Path) -> None:
     run(stock("llama-gqa"), tmp_path / "once")
-    with pytest.raises(CheckpointError, match=r"is quantized already \(bitsandbytes\); give the 16-bit model"):
+    with pytest.raises(KindError, match=r"is quantized already \(bitsandbytes\); give the 16-bit model"):
         run(tmp_path / "once", tmp_path / "twice")
     (tmp_path / "once" / "loram.json").unlink()
-    with pytest.raises(CheckpointError, match="is quantized already"):
+    with pytest.raises(KindError, match="is quantized already"):
         run(tmp_path / "once", tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import loram
 from loram.artifact import read_manifest
-from loram.errors import CheckpointError, KindError, OptionError
+from loram.errors import KindError, OptionError
 from loram.modeling import load_model
 from loram.options import TrainOptions
 from loram.training.lora import wrap
@@ -121,7 +121,7 @@ def test_where_16_bit_is_needed(work: Path, tmp_path: Path) -> None:
         with pytest.raises(KindError, match="`loram prune` works on the large model"):
             loram.prune(work / case, out=out)
     loram.recover(work / "whole-nf4-adapter", out=tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match=r"is quantized \(bitsandbytes\); merging would round the update away"):
+    with pytest.raises(KindError, match=r"is quantized \(bitsandbytes\); merging would round the update away"):
         loram.merge(tmp_path / "adapter", base=work / "whole-nf4", out=out)
     with pytest.raises(OptionError, match="--compile"):
         train(work, "whole-nf4", out, compile=True)
