@@ -17,8 +17,8 @@ from loram.sizes import count
 
 RUNTIME = 430 * MIB
 """What a process holds that has imported transformers and has read the text, before any block (measured, on a CPU)."""
-STRIP = 1024
-"""Rows of a refit that are solved at a time (`loram.pruning.refit`)."""
+TILE = 128
+"""Rows of a weight that are refitted at a time, where its rows are long (`loram.stored.tile_bounds`)."""
 
 
 @dataclass(frozen=True)
@@ -87,5 +87,5 @@ def solver_bytes(geometry: Geometry, work: Calibration) -> int:
         return max(mlp**2 * 10, mlp**2 * 4 + mlp * hidden * 10)
     if work.kept is None:
         return 0
-    # The kept part and its factor, the fp64 solution, and of a strip the fp32 rows and four copies.
-    return work.kept**2 * 8 * 2 + mlp * work.kept * 8 + min(STRIP, mlp) * work.kept * 36
+    # Of the moment, in fp64, the kept part and its factor; what the rest shares with it; and a tile's right-hand sides.
+    return work.kept**2 * 8 * 2 + (mlp - work.kept) * work.kept * 4 + TILE * (mlp * 4 + work.kept * 8 * 4)

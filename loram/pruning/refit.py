@@ -1,44 +1,54 @@
 """Closed-form repair of a Linear whose input features were cut.
 
-W′ = W·C[:,K]·(C[K,K] + λ·mean(diag C[K,K])·I)⁻¹ with C = Σ x·xᵀ over the Linear's input in the large
-model: the least-squares weights for reproducing W·x from the kept features (FASP 2501.09412, SlimLLM).
+W′ = W·C[:,K]·(C[K,K] + D)⁻¹ with C = Σ x·xᵀ over the Linear's input in the large model and D = λ·mean(diag C[K,K])·I:
+the least-squares weights for reproducing W·x from the kept features K (FASP 2501.09412, SlimLLM). As C[K,K] stands on
+both sides, this is W[:,K] + (W[:,R]·C[R,K] − W[:,K]·D)·(C[K,K] + D)⁻¹ with R the features that went: it takes a
+solution for every row of W, of which there are fewer than input features, and only what changes is computed.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loram.pruning.damping import DAMPING, damped_factor
 
-STRIP = 1024
 
+@dataclass(frozen=True)
+class Refit:
+    """The repair of all weights that read one input; made by `Refit.of`, called with rows of a weight.
 
-def refit_matrix(second_moment: Tensor, kept: Tensor, damping: float = DAMPING, what: str = "a weight") -> Tensor:
-    """The (in, kept) matrix that W is multiplied with, fp64; features that were never active stay as they are.
-
-    `second_moment` is (in, in), `kept` the sorted indices of the features that stay. Where the second moment is not
-    positive definite, `damped_factor` damps it more, or raises MismatchError naming `what`.
+    `across` is C[R,K] in fp32, as C was summed; `factor` the Cholesky factor of C[K,K] + D and `added` the diagonal
+    of D, both fp64. Where no kept feature was ever active there is no factor, and weights stay as they are.
     """
-    inner = second_moment[kept][:, kept].double()
-    if bool((inner.diagonal() == 0).all()):
-        return selection(second_moment, kept)
-    factor = damped_factor(inner, what, damping)
-    matrix = factor.new_empty(second_moment.shape[0], kept.numel())
-    for start in range(0, len(matrix), STRIP):
-        # By strips: solvers copy the right-hand side, which is twice the moment's size in fp64.
-        strip = second_moment[start : start + STRIP, kept].double()
-        matrix[start : start + STRIP] = torch.cholesky_solve(strip.T, factor).T
-    return matrix
 
+    kept: Tensor
+    gone: Tensor
+    across: Tensor
+    factor: Tensor | None
+    added: Tensor
 
-def selection(second_moment: Tensor, kept: Tensor) -> Tensor:
-    """The (in, kept) matrix that only gathers."""
-    matrix = torch.zeros(len(second_moment), kept.numel(), dtype=torch.float64, device=second_moment.device)
-    matrix[kept, torch.arange(kept.numel())] = 1
-    return matrix
+    @classmethod
+    def of(cls, second_moment: Tensor, kept: Tensor, damping: float = DAMPING, what: str = "a weight") -> Refit:
+        """From C (in, in) and the sorted indices of the features that stay.
 
+        Where C[K,K] is not positive definite, `damped_factor` damps it more, or raises MismatchError naming `what`.
+        """
+        kept = kept.to(second_moment.device)
+        stays = torch.zeros(len(second_moment), dtype=torch.bool, device=kept.device)
+        stays[kept] = True
+        gone = (~stays).nonzero()[:, 0]
+        inner = second_moment[kept[:, None], kept].double()
+        before = inner.diagonal().clone()
+        factor = damped_factor(inner, what, damping) if bool((before != 0).any()) else None
+        return cls(kept, gone, second_moment[gone[:, None], kept], factor, inner.diagonal() - before)
 
-def refit(weight: Tensor, matrix: Tensor) -> Tensor:
-    """W (out, in) times the refit matrix, in the weight's dtype: (out, kept)."""
-    return (weight.float() @ matrix.float()).to(weight.dtype)
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Rows of W (rows, in) → the same of W′ (rows, kept), in the weight's dtype."""
+        small = weight[:, self.kept]
+        if self.factor is None:
+            return small
+        lack = (weight[:, self.gone].to(self.across.dtype) @ self.across).double() - small.double() * self.added
+        return (small.double() + torch.cholesky_solve(lack.T, self.factor).T).to(weight.dtype)

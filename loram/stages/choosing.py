@@ -26,7 +26,7 @@ from loram.progress import Progress
 from loram.prune_options import CutOptions
 from loram.pruning import SCORES, WEIGHT_SCORES
 from loram.pruning.flap import compensation
-from loram.pruning.refit import refit, refit_matrix
+from loram.pruning.refit import Refit
 from loram.pruning.score import Companion, Tiles, nothing, unit_scores
 from loram.pruning.selection import layer_axes
 from loram.pruning_map import Axis, PruningMap, read_map
@@ -305,14 +305,14 @@ def mended(
     Both together are the affine least-squares fit: the weight to centered inputs, the bias what the means then lack.
     """
     dtype = work.checkpoint.entry(f"{module}.weight").dtype
-    matrix = refit_matrix(seen.total, kept, what=module).float() if work.refits else None
+    refit = Refit.of(seen.total, kept, what=module) if work.refits else None
     rows, constants = [], []
     for _, tile in tiles:
-        small = (tile[:, kept.to(tile.device)] if matrix is None else refit(tile, matrix)).to(dtype)
+        small = (tile[:, kept.to(tile.device)] if refit is None else refit(tile)).to(dtype)
         rows.append(small.cpu())
         if work.compensates:
             constants.append(compensation(tile, small, fluctuation(seen).mean, kept).cpu())
-    found = {} if matrix is None else {f"{module}.weight": torch.cat(rows)}
+    found = {} if refit is None else {f"{module}.weight": torch.cat(rows)}
     if constants:
         bias = f"{module}.bias"
         own = work.checkpoint.read(bias).float() if bias in work.checkpoint else 0

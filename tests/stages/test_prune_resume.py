@@ -311,7 +311,7 @@ def test_numbers_that_went_wrong_are_not_gone_on_with(tmp_path: Path, monkeypatc
 
     with pytest.raises(Interrupted):
         prune(options(tmp_path / "out", "wanda"), Stop("score", 2))
-    monkeypatch.setattr("loram.stages.choosing.refit_matrix", broken)
+    monkeypatch.setattr("loram.stages.choosing.Refit.of", broken)
     with pytest.raises(MismatchError):
         prune(options(tmp_path / "out", "wanda"))
     assert not list(tmp_path.iterdir())
