@@ -14,11 +14,12 @@ from loram.activations import chunk_rows
 from loram.families import Geometry, family_of
 from loram.memory_model import HIDDEN_MEMORY, MIB, ROWS, MemoryPlan
 from loram.sizes import count
+from loram.stored import CHUNK
 
 RUNTIME = 430 * MIB
 """What a process holds that has imported transformers and has read the text, before any block (measured, on a CPU)."""
-TILE = 128
-"""Rows of a weight that are refitted at a time, where its rows are long (`loram.stored.tile_bounds`)."""
+REFITTED = 512
+"""Rows of a weight that are refitted at a time (`loram.pruning.refit`), or as many as a piece read at once has."""
 
 
 @dataclass(frozen=True)
@@ -87,5 +88,6 @@ def solver_bytes(geometry: Geometry, work: Calibration) -> int:
         return max(mlp**2 * 10, mlp**2 * 4 + mlp * hidden * 10)
     if work.kept is None:
         return 0
-    # Of the moment, in fp64, the kept part and its factor; what the rest shares with it; and a tile's right-hand sides.
-    return work.kept**2 * 8 * 2 + (mlp - work.kept) * work.kept * 4 + TILE * (mlp * 4 + work.kept * 8 * 4)
+    # Of the moment, in fp64, the kept part and its factor; what the rest shares with it; right-hand sides of some rows.
+    rows = min(hidden, max(REFITTED, CHUNK // (mlp * work.value_bytes)))
+    return work.kept**2 * 8 * 2 + (mlp - work.kept) * work.kept * 4 + rows * (mlp * 8 + work.kept * 8 * 4)

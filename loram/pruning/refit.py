@@ -15,6 +15,9 @@ from torch import Tensor
 
 from loram.pruning.damping import DAMPING, damped_factor
 
+REFITTED = 512
+"""Rows of a weight to give a refit at a time: fewer take longer in all."""
+
 
 @dataclass(frozen=True)
 class Refit:

@@ -26,7 +26,7 @@ from loram.progress import Progress
 from loram.prune_options import CutOptions
 from loram.pruning import SCORES, WEIGHT_SCORES
 from loram.pruning.flap import compensation
-from loram.pruning.refit import Refit
+from loram.pruning.refit import REFITTED, Refit
 from loram.pruning.score import Companion, Tiles, nothing, unit_scores
 from loram.pruning.selection import layer_axes
 from loram.pruning_map import Axis, PruningMap, read_map
@@ -297,6 +297,18 @@ def refit_into(work: Pruning, layer: int, seen: Seen, folder: Path, tiles: Tiles
                 write_tensors(folder / f"{name}.safetensors", {name: value})
 
 
+def joined(tiles: Rows) -> Iterator[Tensor]:
+    """A weight's pieces, put together to some hundred rows, which are solved in half the time of as many alone."""
+    held: list[Tensor] = []
+    for _, tile in tiles:
+        held.append(tile.clone())  # what it lies in may be used for the next one
+        if sum(map(len, held)) >= REFITTED:
+            yield torch.cat(held)
+            held.clear()
+    if held:
+        yield torch.cat(held)
+
+
 def mended(
     work: Pruning, module: str, seen: Norm | SecondMoment | Fluctuation, kept: Tensor, tiles: Rows
 ) -> dict[str, Tensor]:
@@ -307,7 +319,7 @@ def mended(
     dtype = work.checkpoint.entry(f"{module}.weight").dtype
     refit = Refit.of(seen.total, kept, what=module) if work.refits else None
     rows, constants = [], []
-    for _, tile in tiles:
+    for tile in joined(tiles):
         small = (tile[:, kept.to(tile.device)] if refit is None else refit(tile)).to(dtype)
         rows.append(small.cpu())
         if work.compensates:
