@@ -285,7 +285,7 @@ def elsewhere(folder: Path) -> Iterator[str]:
     """The same on other models and data: what a user would choose from."""
     every = [Records(model, task, folder) for model, task in ELSEWHERE]
     if every[0].ceiling is not None:
-        yield findings.elsewhere(every[0], every[-1])
+        yield findings.elsewhere(*every)
     for found in every:
         yield setting(found)
         if found.ceiling is not None:
