@@ -118,6 +118,6 @@ def refit_down(work: Pruning, block: Block, target: Hidden, spill: Path) -> None
     update = found.update(what=full)
     if not all_finite(update):
         raise MismatchError(f"the refit of {full} is NaN or Inf; the model's weights are damaged: fetch them again")
-    stored = (weight.double() + update).to(work.checkpoint.entry(full).dtype)
+    stored = update.add_(weight).to(work.checkpoint.entry(full).dtype)  # in place: it is the largest of what is here
     weight.data.copy_(stored)  # later blocks see it as it is stored, rounding included
     write_tensors(spill / f"{full}.safetensors", {full: stored.cpu()})
