@@ -1,4 +1,4 @@
-"""The benchmark of every stage on a model of a size that people fine-tune, without a GPU."""
+"""The benchmark of a whole run, from pruning to merging, on a model of a size that people fine-tune, without a GPU."""
 
 from __future__ import annotations
 
@@ -60,4 +60,4 @@ def stages(bench: Bench) -> Outcome:
         f"windows of {size.limited_length} tokens. No GPU. The weights are random, so this shows time and memory, and "
         "nothing of quality"
     )
-    return Outcome("Every stage on a model of 8 billion parameters", setting, samples, goals)
+    return Outcome("From pruning to merging on a model of 8 billion parameters", setting, samples, goals)

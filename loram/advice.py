@@ -75,9 +75,13 @@ def candidates(training: Training, limit: int | None) -> Iterator[tuple[str, str
     if not work.mixed and training.hardware is CUDA:
         yield "--dtype bf16", "half the bytes of every value", doing(dtype="bf16")
     for batch in smaller_batches(training, limit):
-        again = training.accumulate * -(-work.batch // batch)
-        cost = f"every weight is read {again} times as often" if work.streamed else "a little slower"
-        yield f"--batch {batch} --accumulate {again}", f"the same steps, {cost}", with_batch(training, batch)
+        times = -(-work.batch // batch)
+        cost = f"every weight is read {times} times as often" if work.streamed else "a little slower"
+        yield (
+            f"--batch {batch} --accumulate {training.accumulate * times}",
+            f"the same steps, {cost}",
+            with_batch(training, batch),
+        )
     if not work.checkpointing:
         yield "--checkpointing", "the same steps, about a third slower", doing(checkpointing=True)
     if training.hardware is not CUDA:

@@ -14,12 +14,11 @@ from loram.activations import chunk_rows
 from loram.families import Geometry, family_of
 from loram.memory_model import HIDDEN_MEMORY, MIB, ROWS, MemoryPlan
 from loram.sizes import count
-from loram.stored import CHUNK
 
 RUNTIME = 430 * MIB
 """What a process holds that has imported transformers and has read the text, before any block (measured, on a CPU)."""
 REFITTED = 512
-"""Rows of a weight that are refitted at a time (`loram.pruning.refit`), or as many as a piece read at once has."""
+"""Rows of a weight that are refitted at a time; fewer take longer in all."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,11 @@ class Calibration:
 def calibrated_memory(config: Mapping[str, Any], work: Calibration) -> MemoryPlan:
     """Peak of a calibrated `prune`; compared with measured peaks in docs/benchmarks.md."""
     geometry = family_of(config).geometry(config)
-    states = samples_bytes(geometry, work) * (2 if work.gradients or work.gaps else 1)
-    always = {"runtime": RUNTIME, "hidden states": states if states <= HIDDEN_MEMORY else 0}  # else they are in a file
+    states = samples_bytes(geometry, work)
+    pair = states * (2 if work.gradients or work.gaps else 1)
+    # Beyond the limit they are in a file. Where two are needed, that is the second one; Taylor's first is gone by then.
+    held = pair if pair <= HIDDEN_MEMORY else states if work.gaps and states <= HIDDEN_MEMORY else 0
+    always = {"runtime": RUNTIME, "hidden states": held}
     return MemoryPlan(always | max(moments_of(config, geometry, work), key=lambda parts: sum(parts.values())))
 
 
@@ -89,5 +91,5 @@ def solver_bytes(geometry: Geometry, work: Calibration) -> int:
     if work.kept is None:
         return 0
     # Of the moment, in fp64, the kept part and its factor; what the rest shares with it; right-hand sides of some rows.
-    rows = min(hidden, max(REFITTED, CHUNK // (mlp * work.value_bytes)))
+    rows = min(hidden, REFITTED)
     return work.kept**2 * 8 * 2 + (mlp - work.kept) * work.kept * 4 + rows * (mlp * 8 + work.kept * 8 * 4)

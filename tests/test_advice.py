@@ -109,6 +109,8 @@ def test_with_one_layer_in_memory_fewer_rows_mean_more_reading() -> None:
     assert changes[0].flags == "--batch 4 --accumulate 2"
     assert changes[0].cost == "the same steps, every weight is read 2 times as often"
     assert not any("quantize" in change.flags for change in changes)  # it is refused together with --streamed
+    more = cheapest(replace(FULL, hardware=CPU, work=streamed, streamable=True, accumulate=4))[0]
+    assert (more.flags, more.cost) == ("--batch 4 --accumulate 8", changes[0].cost)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])

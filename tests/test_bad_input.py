@@ -275,7 +275,7 @@ def test_broken_adapter_folders(
         ("project recovered large -o out", 2, "run `loram prune"),
         ("merge small --base large -o out", 2, "is a small-model"),
         ("prune small -o out", 2, "is a small-model"),
-        ("plan small", 4, "is a small model; plan for the large one"),
+        ("plan small", 2, "is a small model; plan for the large one"),
     ],
 )
 def test_things_that_do_not_belong_together(line: str, code: int, message: str, work: Path, refused: Refusal) -> None:

@@ -78,8 +78,12 @@ class MeanVariance:
 
     def __call__(self, x: Tensor) -> None:
         """Add rows of features (tokens, in)."""
-        x = x.double()
-        mean, squares = x.mean(0), (x - x.mean(0)).square().sum(0)
+        for rows in torch.split(x, STRIP):  # in fp64 the whole would take twelve times its bytes
+            self._add(rows.double())
+
+    def _add(self, x: Tensor) -> None:
+        mean = x.mean(0)
+        squares = (x - mean).square().sum(0)
         if not self.count:
             self.mean, self._squares, self.count = mean, squares, len(x)
             return

@@ -3,7 +3,7 @@
 W′ = W·C[:,K]·(C[K,K] + D)⁻¹ with C = Σ x·xᵀ over the Linear's input in the large model and D = λ·mean(diag C[K,K])·I:
 the least-squares weights for reproducing W·x from the kept features K (FASP 2501.09412, SlimLLM). As C[K,K] stands on
 both sides, this is W[:,K] + (W[:,R]·C[R,K] − W[:,K]·D)·(C[K,K] + D)⁻¹ with R the features that went: it takes a
-solution for every row of W, of which there are fewer than input features, and only what changes is computed.
+solution for every row of W, of which down has fewer than input features, and only what changes is computed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 
 from loram.pruning.damping import DAMPING, damped_factor
-
-REFITTED = 512
-"""Rows of a weight to give a refit at a time: fewer take longer in all."""
 
 
 @dataclass(frozen=True)

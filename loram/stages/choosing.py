@@ -15,6 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from loram.calibration_memory import REFITTED
 from loram.checkpoint import Checkpoint, all_finite, tile_bounds
 from loram.errors import MismatchError
 from loram.families import Family, Geometry, Weight
@@ -26,7 +27,7 @@ from loram.progress import Progress
 from loram.prune_options import CutOptions
 from loram.pruning import SCORES, WEIGHT_SCORES
 from loram.pruning.flap import compensation
-from loram.pruning.refit import REFITTED, Refit
+from loram.pruning.refit import Refit
 from loram.pruning.score import Companion, Tiles, nothing, unit_scores
 from loram.pruning.selection import layer_axes
 from loram.pruning_map import Axis, PruningMap, read_map
@@ -42,7 +43,6 @@ if TYPE_CHECKING:  # it brings transformers, which streaming does without
     from loram.blockwise.resuming import Backward
 
 Seen = Mapping[str, "Norm | SecondMoment | Fluctuation"]
-Rows = Iterable[tuple[int, Tensor]]
 
 
 def needs_of(options: PruneOptions) -> str:
@@ -172,7 +172,7 @@ def layer_steps(work: Pruning, runner: BlockRunner, progress: Progress) -> Itera
     assert work.steps is not None
     layers, drawn = work.cut_layers, random_axes(work)
     if work.refits:
-        warn_of_few(work.windows.numel(), max(work.widths.mlp[layer] for layer in layers))
+        warn_of_few(work.windows.numel(), max(work.widths.mlp[layer] for layer in layers), " that stay")
     if work.score_needs == "gradients":
         progress.begin("score", runner.layers + len(layers))
         visit = partial(weigh, work)
@@ -207,7 +207,7 @@ def look(work: Pruning, drawn: Mapping[int, dict[str, Axis]], block: Block, fold
     companion = companion_of(work, seen)
     axes = drawn.get(block.number) or axes_of(work, block.number, tiles, companion)
     PruningMap(work.family, work.geometry, axes).save(folder)
-    refit_into(work, block.number, seen, folder, tiles)
+    refit_into(work, block, seen, folder)
 
 
 def observer(work: Pruning) -> Norm | SecondMoment | Fluctuation:
@@ -249,7 +249,7 @@ def weigh(work: Pruning, block: Block, back: Backward, folder: Path) -> None:
     axes = axes_of(work, block.number, tiles, gradient)
     gradients.clear()
     PruningMap(work.family, work.geometry, axes).save(folder)
-    refit_into(work, block.number, seen, folder, tiles)
+    refit_into(work, block, seen, folder)
 
 
 def refuse_damaged(work: Pruning, layer: int, seen: Seen) -> None:
@@ -284,33 +284,21 @@ def axes_of(work: Pruning, layer: int, tiles: Tiles, companion: Companion = noth
     return layer_axes(layer, work.widths, work.geometry, scores)
 
 
-def refit_into(work: Pruning, layer: int, seen: Seen, folder: Path, tiles: Tiles) -> None:
-    """A layer's o and down where their inputs are cut, refitted and with biases, beside its axes in the folder."""
+def refit_into(work: Pruning, block: Block, seen: Seen, folder: Path) -> None:
+    """A block's o and down where their inputs are cut, refitted and with biases, beside its axes in the folder."""
     if not (work.refits or work.compensates):
         return
     cut = read_map(folder)
     for weight in work.family.outputs:
-        module = work.family.module(layer, weight)
+        module = work.family.module(block.number, weight)
         kept = cut.kept(module, 1)
         if kept is not None:
-            for name, value in mended(work, module, seen[weight.name], kept, tiles(weight)).items():
+            for name, value in mended(work, module, seen[weight.name], kept, linear(block.module, weight.name)).items():
                 write_tensors(folder / f"{name}.safetensors", {name: value})
 
 
-def joined(tiles: Rows) -> Iterator[Tensor]:
-    """A weight's pieces, put together to some hundred rows, which are solved in half the time of as many alone."""
-    held: list[Tensor] = []
-    for _, tile in tiles:
-        held.append(tile.clone())  # what it lies in may be used for the next one
-        if sum(map(len, held)) >= REFITTED:
-            yield torch.cat(held)
-            held.clear()
-    if held:
-        yield torch.cat(held)
-
-
 def mended(
-    work: Pruning, module: str, seen: Norm | SecondMoment | Fluctuation, kept: Tensor, tiles: Rows
+    work: Pruning, module: str, seen: Norm | SecondMoment | Fluctuation, kept: Tensor, weight: Tensor
 ) -> dict[str, Tensor]:
     """What o or down becomes when its input keeps `kept`, by tensor name: its weight where it is refitted, and a bias.
 
@@ -319,11 +307,11 @@ def mended(
     dtype = work.checkpoint.entry(f"{module}.weight").dtype
     refit = Refit.of(seen.total, kept, what=module) if work.refits else None
     rows, constants = [], []
-    for tile in joined(tiles):
-        small = (tile[:, kept.to(tile.device)] if refit is None else refit(tile)).to(dtype)
+    for some in torch.split(weight, REFITTED):
+        small = (some[:, kept.to(some.device)] if refit is None else refit(some)).to(dtype)
         rows.append(small.cpu())
         if work.compensates:
-            constants.append(compensation(tile, small, fluctuation(seen).mean, kept).cpu())
+            constants.append(compensation(some, small, fluctuation(seen).mean, kept).cpu())
     found = {} if refit is None else {f"{module}.weight": torch.cat(rows)}
     if constants:
         bias = f"{module}.bias"

@@ -12,7 +12,7 @@ from loram.activations import Workload
 from loram.advice import Change, Training, cheapest
 from loram.artifact import read_json, read_manifest
 from loram.calibration_memory import Calibration, calibrated_memory
-from loram.errors import FamilyError, InputError, OptionError
+from loram.errors import InputError, KindError, OptionError
 from loram.families import Geometry, family_of, is_small_config
 from loram.families.small import with_biases, without_layers
 from loram.families.sparsity import check_widths
@@ -280,9 +280,11 @@ def read_model_config(model: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{file} is not a JSON object; give a model's config.json")
     manifest = read_manifest(file.parent) if file.name == "config.json" else None
+    if config.get("quantization_config"):
+        raise KindError(f"{model} is quantized; pruning needs the 16-bit original: plan for that")
     narrowed = manifest is not None and not {"axes", "mask", *QUANTIZATIONS}.isdisjoint(manifest.compression)
     if is_small_config(config) or narrowed:  # what lost whole layers only may be pruned once more
-        raise FamilyError(f"{model} is a small model; plan for the large one")
+        raise KindError(f"{model} is a small model; plan for the large one")
     return config
 
 
@@ -324,20 +326,26 @@ def prune_memory(options: PlanOptions, config: dict[str, Any]) -> MemoryPlan:
     """Peak of prune: a few tiles when it streams, a block with what is known of its inputs when it calibrates."""
     if options.method == "random" or (options.importance == "magnitude" and (options.by_weight or not options.refit)):
         return streaming_memory()
-    by_units = options.method == "structured"
-    widths = cut_model(options, config, parse_ratio(options.ratio)).widths if options.refit and by_units else None
+    fitted = options.refit and options.method == "structured"
+    widths = cut_model(options, config, parse_ratio(options.ratio)).widths if fitted else None
     return calibrated_memory(
         config,
         Calibration(
             options.samples,
             options.length,
-            VALUE_BYTES[options.dtype],
+            calibrated_bytes(options, config),
             kept=None if widths is None else min(widths.mlp),
             gradients=options.importance == "taylor",
             hessians=options.importance == "sparsegpt",
             gaps=options.method == "depth" and options.refit and family_of(config).adds_outputs,
         ),
     )
+
+
+def calibrated_bytes(options: PlanOptions, config: dict[str, Any]) -> int:
+    """Of a value in calibration, which computes in bf16 where the model is stored so, and else in fp32."""
+    stored = config.get("dtype", config.get("torch_dtype")) or "bfloat16"
+    return VALUE_BYTES["bf16" if stored == "bfloat16" and options.dtype != "fp32" else "fp32"]
 
 
 def choices(options: PlanOptions, config: dict[str, Any], memory: int) -> tuple[tuple[Choice, ...], Choice | None]:

@@ -87,13 +87,14 @@ def from_inputs(work: Sparsifying, runner: BlockRunner, windows: Tensor, steps: 
     progress.end()
 
 
-def warn_of_few(tokens: int, features: int) -> None:
-    """Say so where there are fewer tokens than a Linear has input features."""
+def warn_of_few(tokens: int, features: int, which: str = "") -> None:
+    """Say so where there are fewer tokens than a Linear has input features, or `which` of them are solved with."""
     if tokens < features:
         logger.warning(
-            "%d tokens of calibration text are fewer than a Linear's input features (up to %d): the second moment says "
-            "nothing of most directions; raise --samples or --length",
+            "%d tokens of calibration text are fewer than a Linear's input features%s (up to %d): the second moment "
+            "says nothing of most directions; raise --samples or --length",
             tokens,
+            which,
             features,
         )
 

@@ -67,7 +67,7 @@ class FrozenHeadLoss(torch.autograd.Function):
                 share.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=share.dtype))
                 share = share if slope is None else share.mul_(slope)
                 gradient[piece] = (share.to(weight.dtype) @ weight).to(gradient.dtype)
-                del logits, share  # else they are there beside those of the next positions
+                del logits, share, slope  # else they are there beside those of the next positions
         ctx.save_for_backward(gradient)
         return total
 

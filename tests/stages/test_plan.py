@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from stock_models import VARIANTS, make, raw_config
 
-from loram.errors import FamilyError, HubError, InputError, OptionError
+from loram.errors import FamilyError, HubError, InputError, KindError, OptionError
 from loram.measured import because
 from loram.options import PlanOptions, PruneOptions
+from loram.sizes import count
 from loram.stages.plan import PlanResult, plan
 from loram.stages.prune import prune
 
@@ -223,7 +224,12 @@ def test_what_cannot_be_planned_is_refused(config: Path, tmp_path: Path) -> None
     for body, error, message in [
         ([], InputError, "is not a JSON object"),
         ({"model_type": "mixtral"}, FamilyError, "mixture of experts"),
-        ({"model_type": "loram_llama"}, FamilyError, "is a small model; plan for the large one"),
+        ({"model_type": "loram_llama"}, KindError, "is a small model; plan for the large one"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "awq"}},
+            KindError,
+            "is quantized; pruning needs",
+        ),
         ({"model_type": "llama"}, FamilyError, "hidden_size is missing"),
     ]:
         config.write_text(json.dumps(body))
@@ -241,7 +247,7 @@ def test_a_small_model_of_the_large_one_s_shapes_is_told_by_its_manifest(
     """Its config.json says nothing of masks or bits; prune would refuse what is planned."""
     out = tmp_path / "small"
     prune(PruneOptions(model=str(stock("llama-gqa")), method="semi", score="magnitude", out=str(out)))
-    with pytest.raises(FamilyError, match="is a small model; plan for the large one"):
+    with pytest.raises(KindError, match="is a small model; plan for the large one"):
         planned(out, keep_first=1, keep_last=0)
 
 
@@ -249,3 +255,22 @@ def test_no_weight_is_read(stock: Callable[[str], Path], tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(raw_config(stock("phi3-gqa"))))
     (tmp_path / "model.safetensors").write_bytes(b"not read")
     assert planned(tmp_path, keep_first=1, keep_last=0).large.total > 0
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "width"),
+    [
+        ("bfloat16", "bf16", 2),
+        ("bfloat16", "fp32", 4),
+        ("float16", "bf16", 4),
+        ("float16", "fp16", 4),
+        ("float32", "bf16", 4),
+    ],
+)
+def test_calibration_computes_in_bf16_only_what_is_stored_so(config: Path, stored: str, asked: str, width: int) -> None:
+    """As `BlockRunner` does."""
+    raw = json.loads(config.read_text())
+    raw.pop("dtype", None)
+    config.write_text(json.dumps(raw | {"torch_dtype": stored}))
+    block = planned(config, score="wanda", dtype=asked).peaks["prune"].parts["block"]
+    assert block == width * count(raw).linear // raw["num_hidden_layers"]
