@@ -42,7 +42,7 @@ ALIGNED = AlignOptions(model="-")
 """`align` as it is by default."""
 DENSE = (
     "single weights are pruned: their zeros are stored, so bytes and memory are those of the large model, and training "
-    "has a mask of one bit a weight on its updates"
+    "has a mask of one bit a weight on its updates; the ratios that --memory tries are of --method structured"
 )
 STEPS = tuple(Fraction(n, 20) for n in range(1, 20))
 """Ratios that `--memory` tries: 0.05, 0.10 … 0.95."""
@@ -62,7 +62,7 @@ class Choice:
         return because(self.ratio, self.quantize)
 
     def flags(self) -> str:
-        """What to type for it."""
+        """What to type for it, after the method."""
         if self.ratio is None:
             return "no cut" + (f", --quantize {self.quantize}" if self.quantize != "none" else "")
         return f"--ratio {self.ratio}" + (f" --quantize {self.quantize}" if self.quantize != "none" else "")
@@ -261,8 +261,14 @@ def cut_flags(options: PlanOptions) -> Iterator[str]:
         yield "--no-refit"
     if options.quantize != "none":
         yield f"--quantize {options.quantize}"
-    if options.method != "random" and not (options.by_weight and options.importance == "magnitude"):
+    if looks_at_text(options):
         yield "--calibration FILE --calibration builtin"
+
+
+def looks_at_text(options: PlanOptions) -> bool:
+    """Whether `prune` sends calibration text through the model for these options, as they are typed here."""
+    from_weights = options.importance == "magnitude" and (options.by_weight or not options.refit)
+    return options.method != "random" and not from_weights
 
 
 def by_units(options: PlanOptions) -> PlanOptions:
@@ -324,7 +330,7 @@ def asked_for(options: PlanOptions, small: Model) -> Training:
 
 def prune_memory(options: PlanOptions, config: dict[str, Any]) -> MemoryPlan:
     """Peak of prune: a few tiles when it streams, a block with what is known of its inputs when it calibrates."""
-    if options.method == "random" or (options.importance == "magnitude" and (options.by_weight or not options.refit)):
+    if not looks_at_text(options):
         return streaming_memory()
     fitted = options.refit and options.method == "structured"
     widths = cut_model(options, config, parse_ratio(options.ratio)).widths if fitted else None

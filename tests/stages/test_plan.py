@@ -274,3 +274,9 @@ def test_calibration_computes_in_bf16_only_what_is_stored_so(config: Path, store
     config.write_text(json.dumps(raw | {"torch_dtype": stored}))
     block = planned(config, score="wanda", dtype=asked).peaks["prune"].parts["block"]
     assert block == width * count(raw).linear // raw["num_hidden_layers"]
+
+
+def test_text_is_asked_for_only_where_it_is_looked_at(config: Path) -> None:
+    plain = planned(config, score="magnitude", refit=False)
+    assert plain.next_command.endswith("--no-refit -o SMALL")
+    assert "--calibration" in planned(config, score="magnitude").next_command
