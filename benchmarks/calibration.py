@@ -8,14 +8,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from statistics import median
 
 from benchmarks.measure import Sample, job, run, say
-from benchmarks.memory import error_of
-from benchmarks.outcome import Bench, Goal, Outcome
-from benchmarks.streaming import base
+from benchmarks.memory import error_of, goals_of
+from benchmarks.outcome import Bench, Outcome
+from benchmarks.streaming import WHOLE, base
 
-WHOLE = ("--keep-first", "0", "--keep-last", "0")
 WAYS: dict[str, tuple[str, ...]] = {
     "wanda": ("--score", "wanda", *WHOLE),
     "taylor": ("--score", "taylor", *WHOLE),
@@ -76,13 +74,7 @@ def measured(bench: Bench) -> Iterator[tuple[Configuration, Sample]]:
 def calibration(bench: Bench) -> Outcome:
     """Predicted against measured peak memory of `loram prune`; every configuration is run once."""
     samples = {str(wanted): [sample] for wanted, sample in measured(bench)}
-    errors = [error_of(sample) for (sample,) in samples.values()]
-    goals = [
-        Goal("configurations", len(errors), ""),
-        Goal("median error of the prediction", 100 * median(map(abs, errors)), "%", at_most=15),
-        Goal("furthest below the measured peak", 100 * max(0.0, -min(errors)), "%", at_most=10),
-        Goal("furthest above it", 100 * max(errors), "%"),
-    ]
+    goals = goals_of(samples)
     broad = bench.describe("huge").replace(f"{bench.size.huge.layers} layers", f"{BROAD} layers")
     setting = (
         f"narrow: {bench.describe('narrow')}; wide: {bench.describe('wide')}; huge: {broad}; windows × tokens of "

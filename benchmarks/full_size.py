@@ -6,9 +6,8 @@ import shutil
 
 from benchmarks.measure import ROOT, Command, Sample, job, run, say
 from benchmarks.outcome import Bench, Goal, Outcome
-from benchmarks.streaming import base
+from benchmarks.streaming import GIB, base
 
-GIB = 2**30
 DATA = ROOT / "docs" / "examples" / "train.jsonl"
 RATIO, RANK, BATCH, LENGTH = 0.65, 8, 2, 32
 PRUNED = "prune, random"

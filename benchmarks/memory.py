@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.measure import ROOT, Sample, job, run, say
+from benchmarks.outcome import Goal
 
 STEPS, VARIED_STEPS = 3, 8
 """Of full rows, which are all alike, and of rows of other lengths: once through all of them, in batches of eight."""
@@ -177,6 +179,17 @@ def measured(size: str, folder: Path) -> Iterator[tuple[Configuration, Sample]]:
 def error_of(sample: Sample) -> float:
     """Predicted over measured, less one: below zero where too little was predicted."""
     return float(sample.figures["predicted_bytes"] / sample.peak - 1)
+
+
+def goals_of(samples: Mapping[str, Sequence[Sample]], at_least: int | None = None) -> list[Goal]:
+    """How far predictions may be off, over configurations of which each was run once."""
+    errors = [error_of(sample) for (sample,) in samples.values()]
+    return [
+        Goal("configurations", len(errors), "", at_least=at_least),
+        Goal("median error of the prediction", 100 * median(map(abs, errors)), "%", at_most=15),
+        Goal("furthest below the measured peak", 100 * max(0.0, -min(errors)), "%", at_most=10),
+        Goal("furthest above it", 100 * max(errors), "%"),
+    ]
 
 
 def kept_figures(body: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.calibration import calibration
 from benchmarks.full_size import stages
 from benchmarks.measure import Command, Sample, after_start, beyond, job, ratio, run
-from benchmarks.memory import STEPS, VARIED_STEPS, error_of, measured
+from benchmarks.memory import STEPS, VARIED_STEPS, goals_of, measured
 from benchmarks.outcome import Bench, Goal, Outcome
 from benchmarks.sparse import loop, sparsify
 from benchmarks.streaming import depth, limited
@@ -202,13 +202,7 @@ def show_help(bench: Bench) -> Outcome:
 def memory(bench: Bench) -> Outcome:
     """Predicted against measured peak memory of `loram train`; every configuration is run once."""
     samples = {str(wanted): [sample] for wanted, sample in measured(bench.size_name, bench.folder)}
-    errors = [error_of(sample) for (sample,) in samples.values()]
-    goals = [
-        Goal("configurations", len(errors), "", at_least=24),
-        Goal("median error of the prediction", 100 * median(map(abs, errors)), "%", at_most=15),
-        Goal("furthest below the measured peak", 100 * max(0.0, -min(errors)), "%", at_most=10),
-        Goal("furthest above it", 100 * max(errors), "%"),
-    ]
+    goals = goals_of(samples, at_least=24)
     setting = (
         f"narrow: {bench.describe('narrow')}; wide: {bench.describe('wide')}; batch × tokens of full rows, {STEPS} "
         f"steps of `loram train` on the CPU, {VARIED_STEPS} where rows have many lengths, LoRA of rank 8 on all "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from loram.errors import CheckpointError, FamilyError, KindError
 from loram.families import Family
 from loram.stored import CODES, StoredModel
@@ -9,11 +12,16 @@ from loram.stored import CODES, StoredModel
 IGNORED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
+def refuse_quantized(model: str, config: Mapping[str, Any]) -> None:
+    """KindError for a model that cannot be pruned because it is in few bits."""
+    if config.get("quantization_config"):
+        raise KindError(f"{model} is quantized; pruning needs the 16-bit original: give that")
+
+
 def check_tensors(checkpoint: StoredModel, family: Family) -> None:
     """Every tensor that the config promises is there in the declared shape, and no other is."""
     config = checkpoint.config
-    if config.get("quantization_config"):
-        raise KindError(f"{checkpoint.folder} is quantized; pruning needs the 16-bit original: give that")
+    refuse_quantized(str(checkpoint.folder), config)
     geometry = family.geometry(config)
     declared: set[str] = set()
     for name, dimensions, _ in family.tensors(config):

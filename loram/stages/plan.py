@@ -12,6 +12,7 @@ from loram.activations import Workload
 from loram.advice import Change, Training, cheapest
 from loram.artifact import read_json, read_manifest
 from loram.calibration_memory import Calibration, calibrated_memory
+from loram.declared import refuse_quantized
 from loram.errors import InputError, KindError, OptionError
 from loram.families import Geometry, family_of, is_small_config
 from loram.families.small import with_biases, without_layers
@@ -286,8 +287,7 @@ def read_model_config(model: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{file} is not a JSON object; give a model's config.json")
     manifest = read_manifest(file.parent) if file.name == "config.json" else None
-    if config.get("quantization_config"):
-        raise KindError(f"{model} is quantized; pruning needs the 16-bit original: plan for that")
+    refuse_quantized(model, config)
     narrowed = manifest is not None and not {"axes", "mask", *QUANTIZATIONS}.isdisjoint(manifest.compression)
     if is_small_config(config) or narrowed:  # what lost whole layers only may be pruned once more
         raise KindError(f"{model} is a small model; plan for the large one")
